@@ -1,0 +1,25 @@
+"""The private names of other libraries that mllm touches, as data.
+
+A leading underscore means that a release may rename the thing without a word. What we read, call or override all the
+same is listed here with its reason. tests/project/test_private_names.py checks, on the oldest and the newest supported
+releases, that each name exists and is still used, and that no other is.
+"""
+
+from typing import NamedTuple
+
+
+class PrivateName(NamedTuple):
+    """A private name, e.g. `PrivateName("transformers", "PreTrainedModel._init_weights", "overridden to ...")`."""
+
+    module: str
+    attribute: str
+    reason: str
+
+
+PRIVATE_NAMES = (
+    PrivateName("transformers", "PreTrainedModel._supports_attention_backend", "our models hand attention on"),
+    PrivateName("transformers", "PreTrainedModel._supports_flash_attn", "our models hand attention on"),
+    PrivateName("transformers", "PreTrainedModel._supports_flex_attn", "our models hand attention on"),
+    PrivateName("transformers", "PreTrainedModel._supports_sdpa", "our models hand attention on"),
+    PrivateName("transformers", "PreTrainedModel._tied_weights_keys", "the head may be the language model's embedding"),
+)
