@@ -101,10 +101,10 @@ def assemble(
 
 @torch.no_grad()
 def check_text_only_equality(model: MllmForConditionalGeneration, llm: PreTrainedModel, *, where: str) -> None:
-    """Check that without media the composed model computes what the language model alone computes, bit for bit.
+    """Check that without media the composed model computes what the language model does, bit for bit.
 
-    Heads with a scale, a soft cap or a bias (Granite, Cohere, Gemma 2, Phi) do not survive composition, and would train
-    without a word of warning.
+    Heads with a scale, a soft cap or a bias (Granite, Cohere, Gemma 2, Phi) do not survive composition, and would
+    train without a word of warning.
 
     Raises:
         CompositionError: The logits differ.
@@ -118,9 +118,9 @@ def check_text_only_equality(model: MllmForConditionalGeneration, llm: PreTraine
     has_bias = getattr(llm.get_output_embeddings(), "bias", None) is not None
     if has_bias or not torch.equal(alone, composed):
         difference = (alone.float() - composed.float()).abs().max().item()
+        reason = "its head has a bias" if has_bias else f"by up to {difference:.3g}"
         raise CompositionError(
-            f"{where} ({llm.config.model_type}) composed gives other logits on text than alone "
-            + ("(its head has a bias)" if has_bias else f"(by up to {difference:.3g})"),
+            f"{where} ({llm.config.model_type}) composed gives other logits on text than alone ({reason})",
             expected="equal logits: the head must be a plain linear layer on the last hidden states",
             do="choose a language model whose head has no scale, soft cap or bias (Llama, Qwen, Mistral, Phi-3, ...)",
         )

@@ -18,9 +18,9 @@ COMPLETE = "complete.json"
 def atomic_directory(target: str | Path, *, kind: str, facts: dict[str, Any] | None = None) -> Iterator[Path]:
     """Write a directory as one step: it appears under its name with everything in it, or not at all.
 
-    The caller fills the yielded `NAME.partial-PID`. `complete.json` (`kind` and `facts`) is written last, all is synced
-    to disk and renamed. On an exception the partial directory is removed; after a kill it stays under its own name,
-    which nothing reads.
+    The caller fills the yielded `NAME.partial-PID`. `complete.json` (`kind`, `facts`) is written last, then all is
+    synced to disk and renamed. On an exception the partial directory is removed; after a kill it stays under its own
+    name, which nothing reads.
 
     Raises:
         CheckpointError: `target` exists already.

@@ -67,7 +67,7 @@ def base_model_path(path: str | Path) -> Path:
     Raises:
         CheckpointError: The adapter's base model is not where the adapter says.
     """
-    named = _read_adapter_config(path)["base_model_name_or_path"]
+    named = (_read_adapter_config(path) or {})["base_model_name_or_path"]
     base = Path(path, named).resolve()
     if not (base / "config.json").is_file():
         raise CheckpointError(

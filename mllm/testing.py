@@ -53,8 +53,8 @@ def tiny_tokenizer(kind: str = "qwen", *, vocab_size: int = 400) -> PreTrainedTo
 
     Args:
         kind: "qwen" (byte-level BPE, no BOS, ChatML tokens), "llama3" (byte-level BPE, its post-processor adds a BOS),
-            "llama2" (SentencePiece-like BPE with byte fallback, a blank put in front of every text, adds a BOS; Vicuna's
-            too) or "gpt_neox" (byte-level BPE whose only special token is an end-of-text token; Pythia's).
+            "llama2" (SentencePiece-like BPE with byte fallback, a blank put in front of every text, adds a BOS;
+            Vicuna's too) or "gpt_neox" (byte-level BPE whose only special token is an end-of-text token; Pythia's).
         vocab_size: Size of the trained vocabulary, special tokens not counted.
     """
     build = {"qwen": _qwen, "llama3": _llama3, "llama2": _llama2, "gpt_neox": _gpt_neox}[kind]
@@ -219,7 +219,8 @@ def save_tiny_parts(
 
 def tiny_model(directory: Path, **parts) -> tuple[MllmForConditionalGeneration, MllmProcessor]:
     """An assembled model with its processor, out of `save_tiny_parts(directory, **parts)`."""
-    return assemble(**save_tiny_parts(directory, **parts), feature_layer=-2)
+    paths = save_tiny_parts(directory, **parts)
+    return assemble(image_encoder=paths["image_encoder"], language_model=paths["language_model"])
 
 
 def _image_processor(side: int = 16) -> CLIPImageProcessorPil:

@@ -30,7 +30,7 @@ class MllmTowerConfig(PreTrainedConfig):
     base_config_key = ""
     sub_configs: ClassVar[dict[str, Any]] = {"encoder_config": AutoConfig}
 
-    encoder_config: dict | PreTrainedConfig | None = None
+    encoder_config: Any = None
     connector_type: str = "mlp"
     connector_activation: str = "gelu"
     connector_bias: bool = True
@@ -64,8 +64,8 @@ class MllmTowerConfig(PreTrainedConfig):
 class MllmConfig(PreTrainedConfig):
     """A language model with one optional tower per modality.
 
-    The towers are named fields, not a dict: transformers serialises, and hands the attention choice to, named sub-configs
-    only.
+    The towers are named fields, not a dict: transformers serialises, and hands the attention choice to, named
+    sub-configs only. Each field takes a config object, or the dict it is saved as, which becomes one; or None.
     """
 
     model_type = "mllm"
@@ -76,10 +76,10 @@ class MllmConfig(PreTrainedConfig):
         "video_config": MllmTowerConfig,
     }
 
-    text_config: dict | PreTrainedConfig | None = None
-    image_config: dict | PreTrainedConfig | None = None
-    audio_config: dict | PreTrainedConfig | None = None
-    video_config: dict | PreTrainedConfig | None = None
+    text_config: Any = None
+    image_config: Any = None
+    audio_config: Any = None
+    video_config: Any = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):

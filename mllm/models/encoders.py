@@ -1,4 +1,4 @@
-"""The encoders that can be composed, one line each: what they are in a checkpoint and what comes before the patches."""
+"""The encoders that can be composed, one entry each: what they are in a checkpoint, what precedes their patches."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -150,7 +150,8 @@ def _check_keys(loaded: dict, family: EncoderFamily, num_layers: int, path: str)
     )
     if missing or mismatched or left_over:
         raise CompositionError(
-            f"loading {path} left keys missing {missing[:3]}, left over {left_over[:3]}, of other shape {mismatched[:3]}",
+            f"loading {path} left keys missing {missing[:3]}, left over {left_over[:3]}, "
+            f"of other shape {mismatched[:3]}",
             expected=f"the weights of a {family.model_type!r} encoder, no more and no less",
             do="check that the checkpoint is whole and was saved by transformers",
         )

@@ -5,7 +5,6 @@ language model. It reads as transformers' `LlavaForConditionalGeneration` does, 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import nn
@@ -157,7 +156,7 @@ class MllmModel(MllmPreTrainedModel):
         if encoded is not None:
             inputs_embeds = self._scatter_images(input_ids, inputs_embeds, encoded.pooler_output)
         elif input_ids is not None and past_key_values is None and "image" in self.towers:
-            placeholder_mask(input_ids, self.config.image_token_id, num_features=0)
+            placeholder_mask(input_ids, self.config.image_config.placeholder_token_id, num_features=0)
         if encoded is None and self._must_join_other_ranks():
             inputs_embeds = inputs_embeds + 0.0 * self.image_tower(self.image_tower.native_zeros()).sum()
         return self.language_model(
@@ -170,7 +169,7 @@ class MllmModel(MllmPreTrainedModel):
 
     def _scatter_images(self, input_ids: TokenIds, embeds: Tensor, features: MediaFeatures) -> Tensor:
         num_features = sum(len(item) for item in features)
-        mask = placeholder_mask(input_ids, self.config.image_token_id, num_features=num_features)
+        mask = placeholder_mask(input_ids, self.config.image_config.placeholder_token_id, num_features=num_features)
         if isinstance(features, list):
             features = torch.stack(features)
         return scatter_features(embeds, mask, features)
@@ -194,8 +193,6 @@ class MllmModel(MllmPreTrainedModel):
 
 class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
     """The composed model with the language model's head: trains on labels, generates text about media."""
-
-    _tied_weights_keys: ClassVar[dict[str, str]] = {}
 
     def __init__(self, config: MllmConfig):
         super().__init__(config)
