@@ -20,7 +20,7 @@ from mllm.models.connectors import build_connector
 from mllm.models.encoders import encoder_family, load_encoder
 from mllm.processing import MllmProcessor
 from mllm.processing.build import add_placeholder, build_processor, load_image_processor
-from mllm.processing.control import control_tokens
+from mllm.processing.chat import control_token_ids, end_of_turn_ids
 
 IMAGE_TOKEN = "<image>"
 
@@ -196,12 +196,10 @@ def _generation_config(llm: PreTrainedModel, processor: MllmProcessor) -> Genera
     """The language model's own settings, ending at the template's end of turn, never speaking control tokens."""
     tokenizer, own = processor.tokenizer, llm.generation_config
     own_ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    end_of_turn = tokenizer.convert_tokens_to_ids(processor.end_of_turn_token)
-    ends = list(dict.fromkeys([end_of_turn, *(end for end in own_ends if end is not None)]))
-    controls = control_tokens(tokenizer, processor.image_token, processor.end_of_turn_token)
+    ends = list(dict.fromkeys([*end_of_turn_ids(processor), *(end for end in own_ends if end is not None)]))
     config = GenerationConfig.from_dict(own.to_dict())
     config.eos_token_id = ends
     config.bos_token_id = tokenizer.bos_token_id
     config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-    config.suppress_tokens = sorted(set(tokenizer.convert_tokens_to_ids(controls)) - set(ends))
+    config.suppress_tokens = [token for token in control_token_ids(processor) if token not in ends]
     return config

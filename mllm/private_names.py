@@ -21,7 +21,6 @@ PRIVATE_NAMES = (
     PrivateName("transformers", "PreTrainedModel._supports_flash_attn", "our models hand attention on"),
     PrivateName("transformers", "PreTrainedModel._supports_flex_attn", "our models hand attention on"),
     PrivateName("transformers", "PreTrainedModel._supports_sdpa", "our models hand attention on"),
-    PrivateName(
-        "transformers", "PreTrainedModel._tied_weights_keys", "the head may be the language model's embedding"
-    ),
+    PrivateName("transformers", "PreTrainedModel._tied_weights_keys", "the head may be the text embedding"),
+    PrivateName("transformers", "ProcessorMixin._get_arguments_from_pretrained", "loads only the parts there are"),
 )

@@ -35,6 +35,7 @@ CORPUS = (
     "USER: What is in the picture? ASSISTANT: The picture shows a red 3 at the top left and a blue 7 below it.",
     "system user assistant\n\nIs there a 5?\n\nNo, there is no 5.\nYes.\n",
     "How many digits are green? Two digits are green: 4 and 9.",
+    "Blank lines.\n\n\nMore.\n\n\nMore.\n\n\nMore.\n\n\nEnd.\n\n",
 )
 
 # The pre-tokenisation rules of GPT-2 (also GPT-NeoX), and of Qwen2 and Llama 3 (which differ in digits only).

@@ -1,0 +1,324 @@
+"""The digits world: pictures of coloured handwritten digits, and rows that ask about them.
+
+The handwriting is real: the 1,797 scans of 8x8 pixels that scikit-learn carries. One to five of them stand, in
+colour, on a 3x3 grid of a dark canvas. Scans are split before any picture is drawn, so that no scan seen in training
+appears in evaluation.
+
+    python data_recipes/digits.py --out runs/digits --seed 0
+
+writes (media paths are relative to DIR, also in `eval/`, hence the `../`):
+
+    images/*.png           the pictures
+    cells.jsonl            what stands in each cell: for an encoder that is trained here
+    text.jsonl             the same questions about scenes written out as text: for a language model that is trained here
+    caption.jsonl          one caption per picture: to align a connector
+    mixture.jsonl          captions and questions in several turns: for supervised fine-tuning
+    eval/{caption,position,count,color,presence}.jsonl, eval/cells.jsonl
+                           one question of each kind per picture of unseen handwriting
+    recipe.json            written last: counts, seed, split, source and licence
+"""
+
+import argparse
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+
+COLOURS = {
+    "red": (230, 40, 40),
+    "orange": (245, 140, 20),
+    "yellow": (240, 225, 50),
+    "green": (40, 180, 60),
+    "blue": (60, 90, 240),
+    "purple": (170, 60, 200),
+    "white": (240, 240, 240),
+}
+PLACES = {  # in reading order: the place of each cell, and how a sentence names it
+    "top left": "at the top left",
+    "top": "at the top",
+    "top right": "at the top right",
+    "left": "on the left",
+    "centre": "in the centre",
+    "right": "on the right",
+    "bottom left": "at the bottom left",
+    "bottom": "at the bottom",
+    "bottom right": "at the bottom right",
+}
+CELL = 16  # pixels; the canvas is 3 x 3 cells
+MAX_DIGITS = 5
+CAPTION_SHARE = 0.25  # of the conversations of a mixture
+TURNS = 3  # different questions of a conversation that is no caption
+SENTENCE_SHARE = 0.15  # of the scenes written out as text; the others list the nine cells
+EVAL_FRACTION = 0.2  # of the scans of each digit
+QUESTIONS = {
+    "caption": ("Describe the picture.", "What is in the picture?", "Which digits are there, and where?"),
+    "position": ("Which digit is {place}?", "What digit do you see {place}?", "Name the digit {place}."),
+    "count": ("How many digits are there?", "Count the digits.", "How many digits do you see?"),
+    "color": ("What colour is the {digit}?", "Which colour does the {digit} have?", "What color is the {digit}?"),
+    "presence": ("Is there {a_digit}?", "Do you see {a_digit}?", "Does the picture show {a_digit}?"),
+}
+SOURCE_NOTE = "Optical Recognition of Handwritten Digits (UCI), test part, as carried by scikit-learn (load_digits)"
+LICENCE_NOTE = "CC BY 4.0 (the UCI repository's terms); E. Alpaydin and C. Kaynak, 1998, doi:10.24432/C50P49"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Build the digits world: pictures and rows.")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write; must be absent or empty")
+    parser.add_argument("--seed", type=int, required=True, help="the same seed gives the same files")
+    parser.add_argument("--scenes", type=int, default=8000, help="training pictures")
+    parser.add_argument("--text_scenes", type=int, default=20000, help="training scenes written out as text")
+    parser.add_argument("--eval_scenes", type=int, default=600, help="pictures of unseen handwriting")
+    args = parser.parse_args()
+    if min(args.scenes, args.text_scenes, args.eval_scenes) < 1:
+        parser.error("--scenes, --text_scenes and --eval_scenes must be at least 1")
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        parser.error(f"--out {args.out} already holds files; name a new directory or remove it")
+
+    partial = args.out.with_name(f"{args.out.name}.partial-{os.getpid()}")
+    recipe = build(partial, args.seed, args.scenes, args.text_scenes, args.eval_scenes)
+    if args.out.exists():
+        args.out.rmdir()
+    partial.rename(args.out)
+    print(json.dumps(recipe, indent=2))
+
+
+def build(out: Path, seed: int, num_scenes: int, num_text_scenes: int, num_eval_scenes: int) -> dict:
+    """Write every file of the recipe under `out`, which must not exist yet. Returns what `recipe.json` holds."""
+    scans, labels = load_scans()
+    train_scans, eval_scans = split_scans(labels, seed)
+    (out / "images").mkdir(parents=True)
+    (out / "eval").mkdir()
+
+    rng, by_digit = random.Random(f"{seed}/train"), group_by_digit(train_scans, labels)
+    scenes = [draw_scene(rng, by_digit) for _ in range(num_scenes)]
+    images = draw_images(out, scenes, scans, f"{seed}/train", first=0)
+    rows = {
+        "cells": [cell_row(scene, image) for scene, image in zip(scenes, images, strict=True)],
+        "caption": [question_row(rng, "caption", scene, image) for scene, image in zip(scenes, images, strict=True)],
+        "mixture": [mixture_row(rng, scene, image) for scene, image in zip(scenes, images, strict=True)],
+        "text": [text_row(rng, draw_scene(rng, by_digit), i) for i in range(num_text_scenes)],
+    }
+
+    rng, by_digit = random.Random(f"{seed}/eval"), group_by_digit(eval_scans, labels)
+    scenes = [draw_scene(rng, by_digit) for _ in range(num_eval_scenes)]
+    images = draw_images(out, scenes, scans, f"{seed}/eval", first=num_scenes)
+    images = [{**image, "path": f"../{image['path']}"} for image in images]
+    rows["eval/cells"] = [cell_row(scene, image) for scene, image in zip(scenes, images, strict=True)]
+    for task in QUESTIONS:
+        rows[f"eval/{task}"] = [
+            question_row(rng, task, scene, image) for scene, image in zip(scenes, images, strict=True)
+        ]
+
+    for name, items in rows.items():
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+    recipe = {
+        "recipe": "digits",
+        "seed": seed,
+        "rows": {name: len(items) for name, items in rows.items()},
+        "images": num_scenes + num_eval_scenes,
+        "train_scans": train_scans,
+        "eval_scans": eval_scans,
+        "source": SOURCE_NOTE,
+        "licence": LICENCE_NOTE,
+    }
+    (out / "recipe.json").write_text(json.dumps(recipe) + "\n", encoding="utf-8")
+    return {**recipe, "train_scans": len(train_scans), "eval_scans": len(eval_scans)}
+
+
+# Scans and pictures
+
+
+def load_scans() -> tuple[np.ndarray, list[int]]:
+    """The scans, [1797, 8, 8] with values from 0 to 1, and the digit on each."""
+    data = load_digits()
+    return (data.images / 16).astype(np.float32), data.target.tolist()
+
+
+def split_scans(labels: list[int], seed: int) -> tuple[list[int], list[int]]:
+    """Indices of the training and of the evaluation scans: disjoint, the same share of every digit."""
+    rng, train, unseen = random.Random(f"{seed}/split"), [], []
+    for digit in range(10):
+        scans = [scan for scan, label in enumerate(labels) if label == digit]
+        rng.shuffle(scans)
+        cut = round(len(scans) * EVAL_FRACTION)
+        unseen += scans[:cut]
+        train += scans[cut:]
+    return sorted(train), sorted(unseen)
+
+
+def group_by_digit(scans: list[int], labels: list[int]) -> list[list[int]]:
+    """The scans of 0, of 1, ... of 9."""
+    return [[scan for scan in scans if labels[scan] == digit] for digit in range(10)]
+
+
+# Scenes and pictures
+
+
+def draw_scene(rng: random.Random, by_digit: list[list[int]]) -> list[dict]:
+    """One to five things in different cells, in reading order. Digits may repeat, but at least one stands alone."""
+    while True:
+        places = sorted(rng.sample(range(len(PLACES)), rng.randint(1, MAX_DIGITS)))
+        digits = [rng.randrange(10) for _ in places]
+        if single_digits(digits):
+            break
+    return [
+        {"place": place, "digit": digit, "colour": rng.choice(list(COLOURS)), "scan": rng.choice(by_digit[digit])}
+        for place, digit in zip(places, digits, strict=True)
+    ]
+
+
+def single_digits(digits: list[int]) -> list[int]:
+    """The digits that occur once, so that a question about their colour has one answer."""
+    return [digit for digit in digits if digits.count(digit) == 1]
+
+
+def draw_images(out: Path, scenes: list[list[dict]], scans: np.ndarray, seed: str, *, first: int) -> list[dict]:
+    """Write one PNG per scene; returns their media items."""
+    rng = np.random.default_rng(list(seed.encode()))
+    media = []
+    for number, scene in enumerate(scenes, start=first):
+        path = f"images/{number:06d}.png"
+        Image.fromarray(draw_picture(rng, scene, scans)).save(out / path, compress_level=1)
+        media.append({"kind": "image", "path": path, "height": 3 * CELL, "width": 3 * CELL})
+    return media
+
+
+def draw_picture(rng: np.random.Generator, scene: list[dict], scans: np.ndarray) -> np.ndarray:
+    """A dark, slightly noisy canvas [48, 48, 3] with every digit at a random size, offset and brightness."""
+    canvas = rng.uniform(0, 45, size=3) + rng.normal(0, 4, size=(3 * CELL, 3 * CELL, 3))
+    for thing in scene:
+        size = int(rng.integers(CELL - 4, CELL + 1))
+        ink = np.asarray(Image.fromarray(scans[thing["scan"]]).resize((size, size), Image.Resampling.BICUBIC))
+        ink = ink.clip(0, 1)[:, :, None] * rng.uniform(0.8, 1)
+        row, column = divmod(thing["place"], 3)
+        top, left = (CELL * cell + int(rng.integers(0, CELL - size + 1)) for cell in (row, column))
+        colour = np.array(list(COLOURS.values())[list(COLOURS).index(thing["colour"])]) + rng.uniform(-10, 10, size=3)
+        patch = canvas[top : top + size, left : left + size]
+        patch += ink * (colour - patch)
+    return canvas.clip(0, 255).astype(np.uint8)
+
+
+# Rows
+
+
+def cell_row(scene: list[dict], image: dict) -> dict:
+    """What stands in each of the nine cells, in reading order; null where a cell is empty."""
+    cells = {thing["place"]: thing for thing in scene}
+    return {
+        "media": [image],
+        "digits": [cells[place]["digit"] if place in cells else None for place in range(len(PLACES))],
+        "colours": [cells[place]["colour"] if place in cells else None for place in range(len(PLACES))],
+    }
+
+
+def question_row(rng: random.Random, task: str, scene: list[dict], image: dict) -> dict:
+    """One question about a picture. Its meta holds the scene and the answer, for evaluation."""
+    question, answer = ask(rng, task, scene)
+    meta = {"task": task, **describe_scene(scene), "answer": answer}
+    return make_row(f"digits/{task}", [(question, answer)], image, meta)
+
+
+def mixture_row(rng: random.Random, scene: list[dict], image: dict) -> dict:
+    """A caption, or three questions in turn. Not both: an answer could then be read off the caption."""
+    turns = draw_turns(rng, scene)
+    return make_row("digits/mixture", turns, image, describe_scene(scene))
+
+
+def text_row(rng: random.Random, scene: list[dict], number: int) -> dict:
+    """The same, about a scene that is written out in the first question."""
+    text, is_sentence = write_scene(rng, scene)
+    turns = draw_turns(rng, scene, with_caption=not is_sentence)
+    turns[0] = (text + rng.choice(("\n", " ")) + turns[0][0], turns[0][1])
+    row = make_row("digits/text", turns, None, describe_scene(scene))
+    return {**row, "id": f"digits/text/{number:06d}"}
+
+
+def draw_turns(rng: random.Random, scene: list[dict], *, with_caption: bool = True) -> list[tuple[str, str]]:
+    """Questions and answers of one conversation."""
+    if with_caption and rng.random() < CAPTION_SHARE:
+        return [ask(rng, "caption", scene)]
+    tasks = [task for task in QUESTIONS if task != "caption"]
+    return [ask(rng, task, scene) for task in rng.sample(tasks, TURNS)]
+
+
+def make_row(source: str, turns: list[tuple[str, str]], image: dict | None, meta: dict) -> dict:
+    """A row of the project's schema; the picture, if any, comes first in the first message."""
+    messages = []
+    for question, answer in turns:
+        messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    if image is not None:
+        messages[0]["content"].insert(0, {"type": "image"})
+    name = Path(image["path"]).stem if image else ""
+    return {
+        "id": f"{source}/{name}",
+        "source": source,
+        "messages": messages,
+        "media": [image] if image else [],
+        "meta": meta,
+    }
+
+
+def describe_scene(scene: list[dict]) -> dict:
+    """Digits, colours and places of a scene as parallel lists."""
+    return {
+        "digits": [thing["digit"] for thing in scene],
+        "colours": [thing["colour"] for thing in scene],
+        "places": [list(PLACES)[thing["place"]] for thing in scene],
+    }
+
+
+# Language
+
+
+def ask(rng: random.Random, task: str, scene: list[dict]) -> tuple[str, str]:
+    """A question of the given kind about the scene, with its answer."""
+    digits, place, digit = [thing["digit"] for thing in scene], "", None
+    if task == "caption":
+        answer = write_caption(scene)
+    elif task == "position":
+        thing = rng.choice(scene)
+        place, answer = list(PLACES.values())[thing["place"]], str(thing["digit"])
+    elif task == "count":
+        answer = str(len(scene))
+    elif task == "color":
+        digit = rng.choice(single_digits(digits))
+        answer = next(thing["colour"] for thing in scene if thing["digit"] == digit)
+    else:  # presence: a coin decides, so that nothing but the picture tells; present and absent digits are drawn alike
+        is_present = rng.random() < 0.5
+        digit = rng.choice([d for d in range(10) if (d in digits) == is_present])
+        answer = "yes" if is_present else "no"
+    question = rng.choice(QUESTIONS[task])
+    return question.format(place=place, digit=digit, a_digit=with_article(str(digit))), answer
+
+
+def write_caption(scene: list[dict]) -> str:
+    """`There is a red 5 at the top left, a blue 3 in the centre and an orange 0 on the right.`"""
+    places = list(PLACES.values())
+    parts = [
+        f"{with_article(thing['colour'])} {thing['digit']} {places[thing['place']]}" for thing in scene
+    ]
+    return "There is " + " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]])) + "."
+
+
+def write_scene(rng: random.Random, scene: list[dict]) -> tuple[str, bool]:
+    """A scene as text: mostly the nine cells in reading order, sometimes a sentence. And whether it is a sentence."""
+    if rng.random() < SENTENCE_SHARE:
+        return write_caption(rng.sample(scene, len(scene))), True
+    cells = ["-"] * len(PLACES)
+    for thing in scene:
+        cells[thing["place"]] = f"{thing['colour']}{thing['digit']}"
+    return " ".join(cells), False
+
+
+def with_article(word: str) -> str:
+    """`an 8`, `an orange`, `a red`."""
+    return f"{'an' if word[0] in 'aeiou8' else 'a'} {word}"
+
+
+if __name__ == "__main__":
+    main()

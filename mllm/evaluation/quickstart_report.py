@@ -1,0 +1,89 @@
+"""What a quickstart ends with: one JSON report, one table, one picture."""
+
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+THRESHOLDS = {
+    "caption_digit_recall": 0.88,
+    "caption_digit_precision": 0.88,
+    "caption_color_accuracy": 0.97,
+    "position_accuracy": 0.85,
+    "count_accuracy": 0.85,
+    "presence_f1": 0.80,
+    "color_accuracy": 0.80,
+}
+"""What every seed has to reach on unseen handwriting."""
+COPIED = ("max_abs_diff", "same_tokens", "num_probes", "num_parameters")
+
+
+def summarize(out: Path, *, seed: int, steps: dict[str, dict], budget: dict[str, int]) -> dict[str, Any]:
+    """Gather what the steps measured.
+
+    Args:
+        out: Directory of the quickstart, with `evaluation.json` and `export/export_report.json`.
+        seed: The run's seed.
+        steps: Seconds and peak memory of each step.
+        budget: Seconds each step may take.
+    """
+    evaluation = _read(out / "evaluation.json")["tasks"]
+    export = _read(out / "export" / "export_report.json")
+    report: dict[str, Any] = {"seed": seed}
+    for task in evaluation.values():
+        for name, value in task["model"].items():
+            report[name] = value
+            report[f"{name}_baseline"] = task["baseline"][name]
+            report[f"{name}_items"] = task["items"]
+    report |= {f"export_{name}": export[name] for name in COPIED}
+    report["parameters"] = _read(out / "backbones" / "report.json").get("parameters", {})
+    report["seconds"] = {name: round(step["seconds"], 1) for name, step in steps.items()}
+    report["seconds_total"] = round(sum(step["seconds"] for step in steps.values()), 1)
+    report["seconds_budget"] = budget
+    report["peak_gigabytes"] = round(max(step["peak_bytes"] for step in steps.values()) / 1e9, 2)
+    report["missed"] = [name for name, least in THRESHOLDS.items() if report[name] < least]
+    return report
+
+
+def format_table(report: dict[str, Any]) -> str:
+    """The report as text that fits a terminal."""
+    lines = [f"{'on unseen handwriting':<28}{'model':>8}{'at least':>10}{'blank or constant':>20}{'items':>8}"]
+    for name, least in THRESHOLDS.items():
+        mark = "" if report[name] >= least else "   missed"
+        lines.append(
+            f"{name:<28}{report[name]:>8.3f}{least:>10.2f}{report[f'{name}_baseline']:>20.3f}"
+            f"{report[f'{name}_items']:>8}{mark}"
+        )
+    same = "the same tokens" if report["export_same_tokens"] else "OTHER TOKENS"
+    lines += ["", f"export to stock transformers: logits differ by {report['export_max_abs_diff']:.1g}, {same}", ""]
+    lines.append("".join(f"{name:>11}" for name in (*report["seconds"], "total")) + "   seconds")
+    spent = (*report["seconds"].values(), report["seconds_total"])
+    allowed = (*report["seconds_budget"].values(), sum(report["seconds_budget"].values()))
+    lines.append("".join(f"{value:>11.0f}" for value in spent) + "   taken")
+    lines.append("".join(f"{value:>11}" for value in allowed) + "   budget")
+    lines.append(f"\nmost memory held by all processes together: {report['peak_gigabytes']} GB")
+    return "\n".join(lines)
+
+
+def draw_chat(image: Path, question: str, answer: str, out: Path) -> None:
+    """One picture with its question and the model's answer, as a PNG."""
+    side, margin = 384, 24
+    words = ImageFont.load_default(size=22)
+    lines = textwrap.wrap(question, 40), textwrap.wrap(answer, 40)
+    height = side + 2 * margin
+    canvas = Image.new("RGB", (side + 3 * margin + 460, height), (250, 250, 248))
+    with Image.open(image) as scene:
+        canvas.paste(scene.convert("RGB").resize((side, side), Image.Resampling.NEAREST), (margin, margin))
+    draw = ImageDraw.Draw(canvas)
+    x, y = side + 2 * margin, margin
+    for who, text, colour in (("question", lines[0], (90, 90, 90)), ("answer", lines[1], (20, 60, 140))):
+        draw.text((x, y), who, font=ImageFont.load_default(size=15), fill=(150, 150, 150))
+        draw.multiline_text((x, y + 22), "\n".join(text), font=words, fill=colour, spacing=8)
+        y += 22 + 34 * len(text) + 26
+    canvas.save(out)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,117 @@
+"""From messages to what a model reads. All ids come from `MllmProcessor.encode_chat`, as in training."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from transformers import PreTrainedModel
+
+from mllm.errors import MediaError, RowError
+from mllm.processing import MllmProcessor
+from mllm.processing.images import decode_image, image_size
+
+Messages = list[dict[str, Any]]
+"""[{"role": str, "content": [{"type": "text", "text": str} | {"type": "image", "image": PIL image, path or bytes}]}]"""
+
+ImageSource = Image.Image | str | Path | bytes
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation up to the point where the model has to speak; its images are not decoded yet."""
+
+    input_ids: list[int]
+    images: list[ImageSource]
+
+
+def encode_prompt(processor: MllmProcessor, messages: Messages) -> Prompt:
+    """Encode a conversation so that its ids end where an answer begins. Of images only the size is read.
+
+    Raises:
+        MediaError: An image is missing, or its header cannot be read.
+        RowError: The messages are malformed.
+    """
+    images = [item.get("image") for message in messages for item in message["content"] if item["type"] == "image"]
+    sizes = [_size(image, where=_name(number)) for number, image in enumerate(images, start=1)]
+    encoded = processor.encode_chat(_without_images(messages), media_sizes=sizes, add_generation_prompt=True)
+    return Prompt(input_ids=encoded.input_ids, images=images)
+
+
+def model_inputs(processor: MllmProcessor, prompts: list[Prompt], *, device: torch.device) -> dict[str, torch.Tensor]:
+    """Batch prompts for `generate`: images decoded, ids padded on the left, so that all answers begin in one column.
+
+    Raises:
+        MediaError: An image cannot be decoded.
+    """
+    longest = max(len(prompt.input_ids) for prompt in prompts)
+    input_ids = torch.full((len(prompts), longest), _padding_id(processor))
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        start = longest - len(prompt.input_ids)
+        input_ids[row, start:] = torch.tensor(prompt.input_ids)
+        attention_mask[row, start:] = 1
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if images := [image for prompt in prompts for image in _decoded(prompt)]:
+        inputs["pixel_values"] = processor.encode_images(images)
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def room_for_answer(model: PreTrainedModel, prompt: Prompt, *, max_new_tokens: int) -> int:
+    """How many tokens may follow the prompt: `max_new_tokens`, or what the model's context length leaves of them.
+
+    Raises:
+        RowError: Nothing may.
+    """
+    limit = model.config.get_text_config().max_position_embeddings
+    found = len(prompt.input_ids)
+    if found >= limit:
+        raise RowError(
+            f"a conversation of {found} tokens, with {len(prompt.images)} images",
+            expected=f"at most {limit - 1}, so that an answer fits into the model's context of {limit}",
+            do="start a new conversation, or send shorter text or fewer images",
+        )
+    return min(max_new_tokens, limit - found)
+
+
+def _padding_id(processor: MllmProcessor) -> int:
+    """Any id but a placeholder's will do where the mask is 0."""
+    tokenizer = processor.tokenizer
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+def _name(number: int) -> str:
+    return f"image {number} of the conversation"
+
+
+def _decoded(prompt: Prompt) -> list[Image.Image]:
+    return [_decode(image, where=_name(number)) for number, image in enumerate(prompt.images, start=1)]
+
+
+def _size(source: ImageSource | None, *, where: str) -> tuple[int, int]:
+    """Height and width of an image as it will be decoded."""
+    if isinstance(source, Image.Image):
+        upright = _decode(source, where=where)
+        return upright.height, upright.width
+    if isinstance(source, str | Path | bytes):
+        return image_size(source, where=where)
+    raise MediaError(
+        f"{where} given as {type(source).__name__}",
+        expected="a PIL image, a path or bytes under the key `image`",
+        do='write the item as {"type": "image", "image": ...}',
+    )
+
+
+def _decode(source: ImageSource, *, where: str) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return ImageOps.exif_transpose(source).convert("RGB")
+    return decode_image(source, where=where)
+
+
+def _without_images(messages: Messages) -> Messages:
+    """The same messages with bare image items, as rows hold them."""
+    return [
+        {**message, "content": [{"type": "image"} if item["type"] == "image" else item for item in message["content"]]}
+        for message in messages
+    ]

@@ -1,0 +1,233 @@
+"""Messages to token ids and loss weights. This is the only place where text becomes ids.
+
+The template is rendered once; its `{% generation %}` blocks say what the assistant speaks. The text is encoded in one
+call, and tokens inside a block get the message's weight. Where somebody's words contain a control token, that token is
+cut in two before rendering and the text is encoded in pieces, so that words stay words.
+"""
+
+import threading
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from mllm.errors import OptionError, RowError
+from mllm.processing.control import control_pattern, control_tokens, cut_control_tokens
+from mllm.processing.messages import assistant_weights, plain_messages, rewritten, words_of
+
+# Unicode noncharacters, "intended for internal use": a cut is marked by the first that nobody's words contain.
+CUT_MARKS = tuple(chr(code) for code in range(0xFDD0, 0xFDF0))
+
+# transformers keeps one tracker of generation blocks for all who use a template, and refuses a second user meanwhile.
+_RENDERING = threading.Lock()
+
+
+class MediaSpan(NamedTuple):
+    """Where the placeholders of one media item stand in `input_ids`."""
+
+    kind: str
+    start: int
+    length: int
+
+
+class EncodedChat(NamedTuple):
+    """A conversation as the model reads it; ids and weights have the same length, media are in order of appearance."""
+
+    input_ids: list[int]
+    loss_weights: list[float]
+    media: list[MediaSpan]
+
+
+class ChatEncoder:
+    """Encode conversations under one tokenizer and one template.
+
+    Args:
+        tokenizer: A tokenizer of the `tokenizers` library ("fast").
+        chat_template: Text of a template with generation blocks.
+        end_of_turn: The token that ends an answer; None while it is not known yet.
+        image_token: The image placeholder, None for a model without images.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        chat_template: str,
+        end_of_turn: str | None,
+        image_token: str | None,
+    ):
+        if not tokenizer.is_fast:
+            raise OptionError(
+                f"the tokenizer {type(tokenizer).__name__}",
+                expected="a fast tokenizer, which reports where in the text each token stands",
+                do="use a language model whose checkpoint holds a tokenizer.json",
+            )
+        self.tokenizer = tokenizer
+        self.num_tokens = len(tokenizer)
+        self.chat_template = chat_template
+        self.image_token_id = None if image_token is None else tokenizer.convert_tokens_to_ids(image_token)
+        self.control_pattern = control_pattern(control_tokens(tokenizer, image_token, end_of_turn))
+        self.special_tokens = dict(tokenizer.special_tokens_map)
+        self.newline_ids = tokenizer.backend_tokenizer.encode("\n", add_special_tokens=False).ids
+
+    def belongs_to(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> bool:
+        """Whether this encoder was made for this template and this state of the tokenizer."""
+        return (
+            tokenizer is self.tokenizer and len(tokenizer) == self.num_tokens and chat_template == self.chat_template
+        )
+
+    def __deepcopy__(self, memo: dict) -> "ChatEncoder":
+        return self  # never changed once made; a processor copies itself to be saved
+
+    def encode(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        image_lengths: Sequence[int] = (),
+        add_generation_prompt: bool = False,
+        where: str = "the conversation",
+    ) -> EncodedChat:
+        """Render, encode, weigh, expand.
+
+        Args:
+            messages: `role`, `content` (a string or a list of text and image items), and for the assistant's an
+                optional `loss` (a bool or a weight).
+            image_lengths: How many tokens each image becomes, in order of appearance.
+            add_generation_prompt: Whether to end with the template's opening of an answer.
+            where: Names the row in errors.
+
+        Raises:
+            RowError: A message is malformed, images and placeholders disagree, or the template refuses the messages.
+        """
+        turns, num_images = plain_messages(messages, where=where)
+        if num_images != len(image_lengths):
+            raise RowError(
+                f"{where}: {num_images} image items in the messages, and {len(image_lengths)} images",
+                expected="one image for each {'type': 'image'} content item, in order",
+                do="add what is missing: the image to the row, or the content item to a message",
+            )
+        mark = self._choose_mark(list(words_of(turns)), where)
+        if mark is not None:
+            turns = rewritten(turns, lambda text: cut_control_tokens(text, self.control_pattern, mark))
+        text, spans = self._render(turns, add_generation_prompt, where)
+        weights = assistant_weights(messages, num_spans=len(spans), where=where)
+        ids, starts, ends = self._tokenize(text, mark)
+        loss_weights = [0.0] * len(ids)
+        for (start, end), weight in zip(spans, weights, strict=True):
+            first, behind = bisect_right(ends, start), bisect_left(starts, end)
+            loss_weights[first:behind] = [weight] * (behind - first)
+        return self._expand(ids, loss_weights, image_lengths, where)
+
+    def _choose_mark(self, words: list[str], where: str) -> str | None:
+        """The mark to cut control tokens with, None where nobody's words hold one."""
+        if not any(self.control_pattern.search(text) for text in words):
+            return None
+        for mark in CUT_MARKS:
+            if not any(mark in text for text in words):
+                return mark
+        raise RowError(
+            f"{where}: a control token beside all {len(CUT_MARKS)} Unicode noncharacters U+FDD0 to U+FDEF",
+            expected="text that leaves at least one of them unused",
+            do="drop the row, or take these characters out",
+        )
+
+    def _render(
+        self, turns: list[dict[str, Any]], add_generation_prompt: bool, where: str
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The template's output, and which characters of it the assistant says."""
+        try:
+            with _RENDERING:
+                texts, spans = render_jinja_template(
+                    [turns],
+                    chat_template=self.chat_template,
+                    return_assistant_tokens_mask=True,
+                    add_generation_prompt=add_generation_prompt,
+                    **self.special_tokens,
+                )
+        except TemplateError as error:
+            raise RowError(
+                f"{where}: messages that the chat template refuses ({error.message})",
+                expected="roles in an order that the template has a place for",
+                do="mend the messages, or choose another chat template",
+            ) from error
+        return texts[0], spans[0]
+
+    def _tokenize(self, text: str, mark: str | None) -> tuple[list[int], list[int], list[int]]:
+        """Ids, and the characters of `text` at which each token starts and ends."""
+        first, *others = [text] if mark is None else text.split(mark)
+        # As stock processors do: the tokenizer adds its BOS unless the template wrote one.
+        bos = self.tokenizer.bos_token
+        add_special_tokens = bos is None or not text.startswith(bos)
+        encoding = self._backend().encode(first, add_special_tokens=add_special_tokens)
+        ids, offsets, position = encoding.ids, encoding.offsets, len(first)
+        for piece in others:
+            position += 1  # the mark
+            piece_ids, piece_offsets = self._continue(piece)
+            ids += piece_ids
+            offsets += [(start + position, end + position) for start, end in piece_offsets]
+            position += len(piece)
+        return ids, [start for start, _ in offsets], [end for _, end in offsets]
+
+    def _continue(self, piece: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Encode the text behind a cut, with a newline before it that is taken off again.
+
+        SentencePiece puts a blank at the start of a text; stock `encode_marked_chat` avoids it in the same way.
+        """
+        backend = self._backend()
+        encoding = backend.encode("\n" + piece, add_special_tokens=False)
+        skipped = len(self.newline_ids)
+        if encoding.ids[:skipped] == self.newline_ids:
+            return encoding.ids[skipped:], [(start - 1, end - 1) for start, end in encoding.offsets[skipped:]]
+        encoding = backend.encode(piece, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def _backend(self) -> Tokenizer:
+        """The tokenizer without the padding or truncation that an earlier call of its wrapper may have left set."""
+        backend = self.tokenizer.backend_tokenizer
+        if backend.truncation is not None:
+            backend.no_truncation()
+        if backend.padding is not None:
+            backend.no_padding()
+        return backend
+
+    def _expand(
+        self, ids: list[int], loss_weights: list[float], image_lengths: Sequence[int], where: str
+    ) -> EncodedChat:
+        """Repeat each placeholder as often as its image has tokens; a placeholder is never trained on."""
+        found = [index for index, token in enumerate(ids) if token == self.image_token_id]
+        if len(found) != len(image_lengths):
+            raise RowError(
+                f"{where}: {len(found)} image placeholders from the chat template for {len(image_lengths)} images",
+                expected="one placeholder for each image item",
+                do="choose a chat template that renders the images of every message",
+            )
+        expanded_ids: list[int] = []
+        expanded_weights: list[float] = []
+        media = []
+        done = 0
+        for index, length in zip(found, image_lengths, strict=True):
+            expanded_ids += ids[done:index]
+            expanded_weights += loss_weights[done:index]
+            media.append(MediaSpan("image", len(expanded_ids), length))
+            expanded_ids += [ids[index]] * length
+            expanded_weights += [0.0] * length
+            done = index + 1
+        return EncodedChat(expanded_ids + ids[done:], expanded_weights + loss_weights[done:], media)
+
+
+def end_of_turn_ids(processor: ProcessorMixin) -> list[int]:
+    """Ids at which generation stops: the template's end of turn, and the tokenizer's end of sequence if it differs."""
+    tokenizer = processor.tokenizer
+    end_of_turn = tokenizer.convert_tokens_to_ids(processor.end_of_turn_token)
+    return list(dict.fromkeys(token for token in (end_of_turn, tokenizer.eos_token_id) if token is not None))
+
+
+def control_token_ids(processor: ProcessorMixin) -> list[int]:
+    """Ids that must never be generated: every control token and placeholder but those that end a turn, ascending."""
+    tokens = control_tokens(processor.tokenizer, processor.image_token)
+    ids = set(processor.tokenizer.convert_tokens_to_ids(tokens))
+    return sorted(ids - set(end_of_turn_ids(processor)))

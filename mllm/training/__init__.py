@@ -1,0 +1,1 @@
+"""Trainers, their options, their checkpoints, and plans of several stages."""

@@ -1,0 +1,71 @@
+"""Checkpoints of a run: complete, atomic, loadable, the newest found again."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from mllm.checkpoints import is_complete
+from mllm.processing import MllmProcessor
+from mllm.training.run_record import RUN_RECORD
+
+PREFIX = "checkpoint-"
+FINAL = "final"
+
+
+def write_weights(
+    directory: Path,
+    model: PreTrainedModel | PeftModel,
+    processor: MllmProcessor,
+    record: dict[str, Any],
+    *,
+    base: Path,
+    home: Path,
+    state_dict: dict | None = None,
+) -> None:
+    """Everything a checkpoint needs to be loaded: weights or adapter, live processor, `run.json`.
+
+    Args:
+        directory: Where to write.
+        model: With adapters only these and the parts trained in full are written.
+        processor: The one that made the batches.
+        record: Content of `run.json`.
+        base: Directory of the model the run started from.
+        home: Where the checkpoint will stand in the end; an adapter names its base relative to it, so that a run can be
+            moved as a whole.
+        state_dict: Gathered weights, where the model's own are sharded.
+    """
+    if isinstance(model, PeftModel):
+        model.peft_config["default"].base_model_name_or_path = os.path.relpath(base, home)
+        model.save_pretrained(directory, state_dict=state_dict, save_embedding_layers=False)
+    else:
+        model.save_pretrained(directory, state_dict=state_dict)
+    processor.save_pretrained(directory)
+    (directory / RUN_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def latest_checkpoint(output_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run; half-written ones do not count."""
+    found = [path for path in _checkpoints(output_dir) if is_complete(path)]
+    return max(found, key=_step, default=None)
+
+
+def remove_old(output_dir: Path, *, keep: int | None) -> None:
+    """Delete all complete checkpoints but the newest `keep`, and what killed runs left half-written."""
+    for path in output_dir.glob(f"{PREFIX}*.partial*"):
+        shutil.rmtree(path)
+    if keep:
+        for path in sorted(_checkpoints(output_dir), key=_step)[:-keep]:
+            shutil.rmtree(path)
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    return [path for path in output_dir.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix(PREFIX))

@@ -1,0 +1,169 @@
+"""From real handwriting to a trained, chatting, exported multimodal model, on two CPU cores in minutes.
+
+    python scripts/quickstart.py --out runs/quickstart --seed 0
+
+Every step is an ordinary program of this project in a process of its own, with the command printed, so each can be tried
+alone. A step that is done is not done again: after an interruption the same command goes on. At the end stand a table,
+`OUT/report.json` and `OUT/chat.png`.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+from mllm.errors import CheckpointError, MllmError, user_errors
+from mllm.evaluation.quickstart_report import draw_chat, format_table, summarize
+
+ROOT = Path(__file__).resolve().parent.parent
+BUDGET = {"data": 20, "backbones": 200, "train": 180, "evaluate": 50, "export": 40, "chat": 20}
+"""Seconds each step may take on two cores; later capabilities join within ten minutes."""
+QUESTION = "What is in the picture?"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="directory for everything it makes")
+    parser.add_argument("--seed", type=int, default=0, help="of the data, the weights and the order of training")
+    args = parser.parse_args()
+    with user_errors():
+        run(args.out, args.seed)
+
+
+def run(out: Path, seed: int) -> None:
+    """Do the steps that are not done yet, then show what came out."""
+    done = read_steps(out, seed)
+    for name in BUDGET:
+        if name in done:
+            print(f"\n=== {name}: done before, in {done[name]['seconds']:.0f} s")
+            continue
+        line = command(name, out, seed)
+        print(f"\n=== {name} (budget {BUDGET[name]} s)\n    {' '.join(line)}", flush=True)
+        done[name] = run_step(line, says=QUESTION if name == "chat" else None)
+        write_json(out / "steps.json", {"seed": seed, "steps": done})
+    report = summarize(out, seed=seed, steps=done, budget=BUDGET)
+    write_json(out / "report.json", report)
+    draw_chat(picture(out), QUESTION, done["chat"]["output"], out / "chat.png")
+    print(format_table(report))
+    print(f"\nreport: {out / 'report.json'}    picture: {out / 'chat.png'}\n\nNext, try:")
+    for line in next_commands(out):
+        print(f"  {line}")
+
+
+def command(name: str, out: Path, seed: int) -> list[str]:
+    """The command line of one step."""
+    data, parts, model = out / "data", out / "backbones", final_model(out)
+    arguments: dict[str, list] = {
+        "data": ["data_recipes/digits.py", "--out", data, "--seed", seed],
+        "backbones": ["scripts/train_digit_backbones.py", "--data", data, "--out", parts, "--seed", seed],
+        "train": ["train/run.py", "train/configs/quickstart.yaml", "--output_dir", out / "run", "--data_root", data]
+        + ["--set", f"model.image_encoder={parts / 'encoder'}", f"model.language_model={parts / 'llm'}", f"seed={seed}"],
+        "evaluate": ["scripts/evaluate_model.py", model, "--rows", data / "eval", "--out", out / "evaluation.json"],
+        "export": ["scripts/export.py", model, "--out", out / "export", "--probes", data / "eval" / "caption.jsonl"],
+        "chat": ["scripts/chat.py", model, "--image", picture(out) if name == "chat" else None],
+    }
+    program, *rest = map(str, arguments[name])
+    return [sys.executable, str(ROOT / program), *rest]
+
+
+def run_step(line: list[str], *, says: str | None) -> dict:
+    """Run one program; returns its wall seconds, the most memory it held, and its output where it was talked to.
+
+    Raises:
+        MllmError: The program failed; what it said stands above.
+    """
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        line,
+        cwd=ROOT,
+        text=True,
+        stdin=subprocess.PIPE if says else None,
+        stdout=subprocess.PIPE if says else None,
+    )
+    peak: list[int] = [0]
+    threading.Thread(target=watch_memory, args=(process.pid, peak), daemon=True).start()
+    output, _ = process.communicate(f"{says}\n" if says else None)
+    if process.returncode:
+        raise MllmError(
+            f"a step ended with status {process.returncode}",
+            expected="status 0",
+            do="read what it said above; the same command goes on from this step: " + " ".join(line),
+        )
+    return {"seconds": time.perf_counter() - start, "peak_bytes": peak[0], "output": (output or "").strip()}
+
+
+def watch_memory(pid: int, peak: list[int]) -> None:
+    """Keep in `peak` the most memory that the process, its children and this one have held together."""
+    while psutil.pid_exists(pid):
+        held = 0
+        for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+            try:
+                held += process.memory_info().rss
+            except psutil.Error:
+                continue
+        peak[0] = max(peak[0], held)
+        time.sleep(0.25)
+
+
+def read_steps(out: Path, seed: int) -> dict[str, dict]:
+    """What an earlier run in `out` has done.
+
+    Raises:
+        CheckpointError: `out` holds something else, or a run with another seed.
+    """
+    path = out / "steps.json"
+    if not path.is_file():
+        if out.exists() and any(out.iterdir()):
+            raise CheckpointError(
+                f"{out} holds files, but no quickstart", expected="a new or empty directory", do="choose another --out"
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"seed": seed, "steps": {}})
+        return {}
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if record["seed"] != seed:
+        raise CheckpointError(
+            f"{out} holds a quickstart with seed {record['seed']}",
+            expected=f"a new directory for seed {seed}",
+            do="choose another --out, or the same --seed to go on",
+        )
+    return record["steps"]
+
+
+def final_model(out: Path) -> Path:
+    """What the last stage of training leaves."""
+    return out / "run" / "sft" / "final"
+
+
+def picture(out: Path) -> Path:
+    """The picture of the first evaluation row."""
+    rows = out / "data" / "eval" / "caption.jsonl"
+    with rows.open(encoding="utf-8") as lines:
+        return (rows.parent / json.loads(lines.readline())["media"][0]["path"]).resolve()
+
+
+def next_commands(out: Path) -> list[str]:
+    """What to try now."""
+    model = final_model(out)
+    return [
+        f"make demo MODEL={model}                    # chat in the browser",
+        f"python scripts/chat.py {model} --image {picture(out)}",
+        f"python scripts/export.py {model} --out my-export --push_to_hub ORG/NAME",
+        "python train/run.py train/configs/llava15.yaml --help",
+    ]
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write it beside and rename: a reader never sees half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial.rename(path)
+
+
+if __name__ == "__main__":
+    main()

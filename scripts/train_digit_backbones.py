@@ -1,0 +1,261 @@
+"""Train the two parts that others download: a tiny CLIP vision encoder and a tiny Llama, for the digits world.
+
+The encoder learns to name what stands in the cell of each patch. The language model, with its own tokenizer, learns to
+answer questions about scenes that are written out as text. Neither has ever met the other's data. Both are saved as
+ordinary checkpoints; from then on every program treats them as if they had been downloaded.
+
+    python scripts/train_digit_backbones.py --data runs/digits --out runs/backbones
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+GRID = 3  # the canvas is GRID x GRID cells
+PATCH = 16
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "white")
+SPARE_ROWS = 16  # embedding rows that no token uses yet: room for a placeholder
+IGNORED = -100
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the encoder and the language model of the digits world.")
+    parser.add_argument("--data", type=Path, required=True, help="directory written by data_recipes/digits.py")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write; must be absent or empty")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--encoder_steps", type=int, default=400)
+    parser.add_argument("--llm_steps", type=int, default=450)
+    args = parser.parse_args()
+    if not (args.data / "recipe.json").is_file():
+        parser.error(f"--data {args.data} holds no recipe.json: run data_recipes/digits.py --out {args.data} first")
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        parser.error(f"--out {args.out} already holds files; name a new directory or remove it")
+
+    torch.manual_seed(args.seed)
+    partial = args.out.with_name(f"{args.out.name}.partial-{os.getpid()}")
+    report = {
+        "seed": args.seed,
+        "encoder": train_encoder(args.data, partial / "encoder", args.encoder_steps),
+        "llm": train_llm(args.data, partial / "llm", args.llm_steps),
+    }
+    (partial / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if args.out.exists():
+        args.out.rmdir()
+    partial.rename(args.out)
+    print(json.dumps(report, indent=2))
+
+
+# The encoder
+
+
+def train_encoder(data: Path, out: Path, steps: int) -> dict:
+    """Train a CLIP vision tower to name digit and colour of the cell under each patch, and save it."""
+    start = time.perf_counter()
+    processor = CLIPImageProcessorPil(
+        size={"height": GRID * 16, "width": GRID * 16},
+        do_center_crop=False,
+        image_mean=[0.25] * 3,
+        image_std=[0.25] * 3,
+    )
+    config = CLIPVisionConfig(
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=GRID * 16,
+        patch_size=PATCH,
+        projection_dim=128,
+    )
+    encoder = CLIPVisionModel(config)
+    head = torch.nn.Linear(config.hidden_size, 11 + len(COLOURS))
+    pixels, digits, colours = read_cells(data / "cells.jsonl", processor, config)
+    pixels_unseen, digits_unseen, colours_unseen = read_cells(data / "eval/cells.jsonl", processor, config)
+
+    def forward(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = encoder(pixel_values=batch, output_hidden_states=True).hidden_states[-1][:, 1:]
+        return head(features).flatten(0, 1).split([11, len(COLOURS)], dim=-1)
+
+    def loss(rows: torch.Tensor) -> torch.Tensor:
+        digit_logits, colour_logits = forward(pixels[rows])
+        digit_loss = cross_entropy(digit_logits, digits[rows].flatten())
+        return digit_loss + cross_entropy(colour_logits, colours[rows].flatten(), ignore_index=IGNORED)
+
+    parameters = [*encoder.parameters(), *head.parameters()]
+    optimise(parameters, loss, len(pixels), steps, batch_size=128, peak_rate=2e-3, name="encoder")
+
+    encoder.eval()
+    with torch.no_grad():
+        digit_logits, colour_logits = forward(pixels_unseen)
+    is_filled = colours_unseen.flatten() != IGNORED
+    encoder.save_pretrained(out)
+    processor.save_pretrained(out)
+    return {
+        "steps": steps,
+        "seconds": round(time.perf_counter() - start, 1),
+        "parameters": sum(p.numel() for p in encoder.parameters()),
+        "unseen_digit_accuracy": accuracy(digit_logits[is_filled], digits_unseen.flatten()[is_filled]),
+        "unseen_empty_accuracy": accuracy(digit_logits[~is_filled], digits_unseen.flatten()[~is_filled]),
+        "unseen_colour_accuracy": accuracy(colour_logits[is_filled], colours_unseen.flatten()[is_filled]),
+    }
+
+
+def read_cells(path: Path, processor: CLIPImageProcessorPil, config: CLIPVisionConfig) -> tuple[torch.Tensor, ...]:
+    """Pixels [N, 3, 48, 48], and for each patch the digit (10: empty) and the colour (IGNORED: empty), [N, patches]."""
+    rows = [json.loads(line) for line in path.open(encoding="utf-8")]
+    images = [np.asarray(Image.open(path.parent / row["media"][0]["path"])) for row in rows]
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().float()
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
+    pixels = pixels.mul_(processor.rescale_factor).sub_(mean).div_(std)
+    digits = [[10 if digit is None else digit for digit in row["digits"]] for row in rows]
+    colours = [[IGNORED if name is None else COLOURS.index(name) for name in row["colours"]] for row in rows]
+
+    def to_patches(cells: list[list[int]]) -> torch.Tensor:
+        per_cell = config.image_size // config.patch_size // GRID
+        grid = torch.tensor(cells).view(len(cells), GRID, GRID)
+        return grid.repeat_interleave(per_cell, 1).repeat_interleave(per_cell, 2).flatten(1)
+
+    return pixels, to_patches(digits), to_patches(colours)
+
+
+# The language model
+
+
+def train_llm(data: Path, out: Path, steps: int) -> dict:
+    """Train a tokenizer and a Llama on conversations about scenes written out as text, and save both."""
+    start = time.perf_counter()
+    rows = [json.loads(line) for line in (data / "text.jsonl").open(encoding="utf-8")]
+    chats = [
+        [{"role": message["role"], "content": message["content"][0]["text"]} for message in row["messages"]]
+        for row in rows
+    ]
+    tokenizer = train_tokenizer(message["content"] for chat in chats for message in chat)
+    encoded = tokenizer.apply_chat_template(chats, return_dict=True, return_assistant_tokens_mask=True)
+    input_ids, labels = to_tensors(encoded["input_ids"], encoded["assistant_masks"], tokenizer.pad_token_id)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer) + SPARE_ROWS,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    llm = LlamaForCausalLM(config)
+    held_out = min(500, len(rows) // 10)
+
+    def loss(rows: torch.Tensor) -> torch.Tensor:
+        ids, targets = trim(input_ids[rows], labels[rows])
+        hidden = llm.model(input_ids=ids, use_cache=False).last_hidden_state  # padding is on the right: never attended
+        wanted = targets[:, 1:] != IGNORED
+        return cross_entropy(llm.lm_head(hidden[:, :-1][wanted]), targets[:, 1:][wanted])
+
+    optimise(list(llm.parameters()), loss, len(rows) - held_out, steps, batch_size=48, peak_rate=2e-3, name="llm")
+
+    llm.eval()
+    with torch.no_grad():
+        ids, targets = trim(input_ids[-held_out:], labels[-held_out:])
+        predicted = llm(input_ids=ids).logits[:, :-1].argmax(-1)
+    wanted = targets[:, 1:] != IGNORED
+    llm.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    llm.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return {
+        "steps": steps,
+        "seconds": round(time.perf_counter() - start, 1),
+        "parameters": sum(p.numel() for p in llm.parameters()),
+        "vocabulary": len(tokenizer),
+        "held_out_token_accuracy": round((predicted == targets[:, 1:])[wanted].float().mean().item(), 4),
+    }
+
+
+def train_tokenizer(texts) -> PreTrainedTokenizerFast:
+    """Byte-level BPE. Letters and digits may stand in one token, so that a cell such as `red5` becomes one."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r" ?[A-Za-z0-9]+| ?[^\sA-Za-z0-9]+|\s"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=4096, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=CHATML,
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
+
+
+def to_tensors(ids: list[list[int]], masks: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad on the right. Labels are the assistant's tokens; all else is IGNORED."""
+    width = max(map(len, ids))
+    input_ids, labels = torch.full((len(ids), width), pad), torch.full((len(ids), width), IGNORED)
+    for row, (tokens, mask) in enumerate(zip(ids, masks, strict=True)):
+        tokens, mask = torch.tensor(tokens), torch.tensor(mask)
+        input_ids[row, : len(tokens)] = tokens
+        labels[row, : len(tokens)] = torch.where(mask == 1, tokens, IGNORED)
+    return input_ids, labels
+
+
+def trim(input_ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cut the columns behind the last label of the batch."""
+    width = int((labels != IGNORED).any(0).nonzero().max()) + 1
+    return input_ids[:, :width], labels[:, :width]
+
+
+# Both
+
+
+def optimise(parameters, loss, num_rows, steps, *, batch_size, peak_rate, name) -> None:
+    """AdamW under a linear warm-up and a cosine, over shuffled rows; `loss` maps row numbers to a scalar."""
+    optimizer = torch.optim.AdamW(parameters, lr=peak_rate, betas=(0.9, 0.98), weight_decay=0.05)
+    warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.05, total_iters=steps // 15 + 1)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=peak_rate / 50)
+    order = torch.cat([torch.randperm(num_rows) for _ in range(steps * batch_size // num_rows + 1)])
+    progress = tqdm(order[: steps * batch_size].split(batch_size), desc=name, unit="step")
+    for step, rows in enumerate(progress):
+        value = loss(rows)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        (warm_up if step < steps // 15 else decay).step()
+        if step % 20 == 0:
+            progress.set_postfix(loss=f"{value.item():.3f}")
+
+
+def accuracy(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    """Share of rows whose best logit is the target, to four places."""
+    return round((logits.argmax(-1) == targets).float().mean().item(), 4)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Supervised fine-tuning of a composed model.
+
+    accelerate launch train/sft.py --config mine.yaml [--learning_rate 1e-4 ...]
+    accelerate launch train/sft.py --help
+
+The same command again goes on from the newest complete checkpoint; a finished run says so and ends.
+"""
+
+import sys
+from pathlib import Path
+
+from accelerate import PartialState
+from tqdm import tqdm
+from transformers import set_seed
+from transformers.utils import logging
+
+from mllm import load_model, load_processor
+from mllm.checkpoints import is_complete
+from mllm.errors import user_errors
+from mllm.models.parts import apply_modes, summarize_parts
+from mllm.training.arguments import SftArguments, parse_arguments
+from mllm.training.checkpoint import FINAL, latest_checkpoint
+from mllm.training.run_record import claim_directory, describe_run, resolved_options
+from mllm.training.sft import SftTrainer
+from mllm.training.start import check_launch, read_examples, starting_model
+
+
+def main() -> None:
+    logging.disable_progress_bar()
+    with user_errors():
+        run(parse_arguments(sys.argv[1:]))
+
+
+def run(args: SftArguments) -> None:
+    """Train as the options say, and leave the model in OUTPUT_DIR/final."""
+    is_main, output_dir = args.process_index == 0, Path(args.output_dir)
+    say = print if is_main else lambda *_: None
+    check_launch(args)
+    set_seed(args.seed)
+
+    # The model to start from, and its processor
+    with PartialState().main_process_first():
+        base = starting_model(args)
+    processor = load_processor(base)
+
+    # Data: everything that can be wrong with it is found here
+    examples, rows = read_examples(args, processor, progress=lambda what, total: bar(what, total, is_main))
+    say(f"rows: {len(examples)} used, dropped: {dict(examples.dropped) or 'none'}")
+
+    # This directory is ours, or not to be touched
+    record = describe_run(
+        model=base,
+        data=rows.fingerprints(),
+        options=resolved_options(args),
+        rows={"used": len(examples), "dropped": dict(examples.dropped)},
+        world_size=args.world_size,
+    )
+    with PartialState().main_process_first():
+        claim_directory(output_dir, record)
+    if is_complete(output_dir / FINAL):
+        return say(f"finished before: {output_dir / FINAL}")
+
+    # Parts: what is trained
+    model = apply_modes(load_model(base), args.parts)
+    for part in summarize_parts(model, args.parts, learning_rate=args.learning_rate):
+        rate = "" if part.learning_rate is None else f"  learning rate {part.learning_rate:g}"
+        say(f"{part.name:<16} {part.mode:<7} {part.trainable:>14,} of {part.parameters:>14,} trained{rate}")
+
+    # Train, from where the run was left
+    trainer = SftTrainer(
+        model, args, examples=examples, processor=processor, parts=args.parts, base=base, record=record
+    )
+    checkpoint = latest_checkpoint(output_dir)
+    if checkpoint:
+        say(f"going on from {checkpoint}")
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    say(f"model: {trainer.save_final()}")
+
+
+def bar(what: str, total: int, is_shown: bool):
+    """A progress bar; returns what to call once for each row."""
+    return tqdm(total=total, desc=what, unit="row", disable=not is_shown, mininterval=0.5).update
+
+
+if __name__ == "__main__":
+    main()
