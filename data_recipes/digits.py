@@ -10,7 +10,8 @@ writes (media paths are relative to DIR, also in `eval/`, hence the `../`):
 
     images/*.png           the pictures
     cells.jsonl            what stands in each cell: for an encoder that is trained here
-    text.jsonl             the same questions about scenes written out as text: for a language model that is trained here
+    text.jsonl             questions about scenes that are written out as text, in lessons from easy to hard: for a language
+                           model that is trained here
     caption.jsonl          one caption per picture: to align a connector
     mixture.jsonl          captions and questions in several turns: for supervised fine-tuning
     eval/{caption,position,count,color,presence}.jsonl, eval/cells.jsonl
@@ -20,6 +21,7 @@ writes (media paths are relative to DIR, also in `eval/`, hence the `../`):
 
 import argparse
 import json
+import math
 import os
 import random
 from pathlib import Path
@@ -37,30 +39,27 @@ COLOURS = {
     "purple": (170, 60, 200),
     "white": (240, 240, 240),
 }
-PLACES = {  # in reading order: the place of each cell, and how a sentence names it
-    "top left": "at the top left",
-    "top": "at the top",
-    "top right": "at the top right",
-    "left": "on the left",
-    "centre": "in the centre",
-    "right": "on the right",
-    "bottom left": "at the bottom left",
-    "bottom": "at the bottom",
-    "bottom right": "at the bottom right",
-}
+ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
+PLACES = tuple(f"{row} {column}" for row in ROWS for column in COLUMNS)  # of the nine cells, in reading order
 CELL = 16  # pixels; the canvas is 3 x 3 cells
 MAX_DIGITS = 5
-CAPTION_SHARE = 0.25  # of the conversations of a mixture
-TURNS = 3  # different questions of a conversation that is no caption
-SENTENCE_SHARE = 0.15  # of the scenes written out as text; the others list the nine cells
+CAPTION_SHARE = 0.25  # of the rows of the mixture
+TURNS = 2  # different questions of a row that is no caption
+LESSONS = (  # of the text rows: how many, and how often each kind of question. One kind at a time breaks the plateau soonest
+    (4000, {"color": 1}),
+    (10000, {"color": 1, "position": 3}),
+    (6000, {"color": 1, "position": 1, "presence": 2, "count": 1}),
+    (12000, {"color": 1, "position": 1, "presence": 1, "count": 1, "caption": 3}),
+)
 EVAL_FRACTION = 0.2  # of the scans of each digit
 QUESTIONS = {
     "caption": ("Describe the picture.", "What is in the picture?", "Which digits are there, and where?"),
-    "position": ("Which digit is {place}?", "What digit do you see {place}?", "Name the digit {place}."),
+    "position": ("Which digit is in the {place}?", "What is the {place} digit?"),
     "count": ("How many digits are there?", "Count the digits.", "How many digits do you see?"),
     "color": ("What colour is the {digit}?", "Which colour does the {digit} have?", "What color is the {digit}?"),
     "presence": ("Is there {a_digit}?", "Do you see {a_digit}?", "Does the picture show {a_digit}?"),
 }
+SHORT_TASKS = tuple(task for task in QUESTIONS if task != "caption")
 SOURCE_NOTE = "Optical Recognition of Handwritten Digits (UCI), test part, as carried by scikit-learn (load_digits)"
 LICENCE_NOTE = "CC BY 4.0 (the UCI repository's terms); E. Alpaydin and C. Kaynak, 1998, doi:10.24432/C50P49"
 
@@ -70,23 +69,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory to write; must be absent or empty")
     parser.add_argument("--seed", type=int, required=True, help="the same seed gives the same files")
     parser.add_argument("--scenes", type=int, default=8000, help="training pictures")
-    parser.add_argument("--text_scenes", type=int, default=20000, help="training scenes written out as text")
+    parser.add_argument("--text_share", type=float, default=1.0, help="share of the text-only lessons to write")
     parser.add_argument("--eval_scenes", type=int, default=600, help="pictures of unseen handwriting")
     args = parser.parse_args()
-    if min(args.scenes, args.text_scenes, args.eval_scenes) < 1:
-        parser.error("--scenes, --text_scenes and --eval_scenes must be at least 1")
+    if min(args.scenes, args.eval_scenes) < 1 or not args.text_share > 0:
+        parser.error("--scenes and --eval_scenes must be at least 1, --text_share greater than 0")
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         parser.error(f"--out {args.out} already holds files; name a new directory or remove it")
 
     partial = args.out.with_name(f"{args.out.name}.partial-{os.getpid()}")
-    recipe = build(partial, args.seed, args.scenes, args.text_scenes, args.eval_scenes)
+    recipe = build(partial, args.seed, args.scenes, args.text_share, args.eval_scenes)
     if args.out.exists():
         args.out.rmdir()
     partial.rename(args.out)
     print(json.dumps(recipe, indent=2))
 
 
-def build(out: Path, seed: int, num_scenes: int, num_text_scenes: int, num_eval_scenes: int) -> dict:
+def build(out: Path, seed: int, num_scenes: int, text_share: float, num_eval_scenes: int) -> dict:
     """Write every file of the recipe under `out`, which must not exist yet. Returns what `recipe.json` holds."""
     scans, labels = load_scans()
     train_scans, eval_scans = split_scans(labels, seed)
@@ -100,7 +99,7 @@ def build(out: Path, seed: int, num_scenes: int, num_text_scenes: int, num_eval_
         "cells": [cell_row(scene, image) for scene, image in zip(scenes, images, strict=True)],
         "caption": [question_row(rng, "caption", scene, image) for scene, image in zip(scenes, images, strict=True)],
         "mixture": [mixture_row(rng, scene, image) for scene, image in zip(scenes, images, strict=True)],
-        "text": [text_row(rng, draw_scene(rng, by_digit), i) for i in range(num_text_scenes)],
+        "text": text_rows(rng, by_digit, text_share),
     }
 
     rng, by_digit = random.Random(f"{seed}/eval"), group_by_digit(eval_scans, labels)
@@ -212,6 +211,7 @@ def cell_row(scene: list[dict], image: dict) -> dict:
         "media": [image],
         "digits": [cells[place]["digit"] if place in cells else None for place in range(len(PLACES))],
         "colours": [cells[place]["colour"] if place in cells else None for place in range(len(PLACES))],
+        "scans": [thing["scan"] for thing in scene],
     }
 
 
@@ -223,26 +223,25 @@ def question_row(rng: random.Random, task: str, scene: list[dict], image: dict) 
 
 
 def mixture_row(rng: random.Random, scene: list[dict], image: dict) -> dict:
-    """A caption, or three questions in turn. Not both: an answer could then be read off the caption."""
-    turns = draw_turns(rng, scene)
+    """A caption, or some questions in turn. Not both: an answer could then be read off the caption."""
+    if rng.random() < CAPTION_SHARE:
+        turns = [ask(rng, "caption", scene)]
+    else:
+        turns = [ask(rng, task, scene) for task in rng.sample(SHORT_TASKS, TURNS)]
     return make_row("digits/mixture", turns, image, describe_scene(scene))
 
 
-def text_row(rng: random.Random, scene: list[dict], number: int) -> dict:
-    """The same, about a scene that is written out in the first question."""
-    text, is_sentence = write_scene(rng, scene)
-    turns = draw_turns(rng, scene, with_caption=not is_sentence)
-    turns[0] = (text + rng.choice(("\n", " ")) + turns[0][0], turns[0][1])
-    row = make_row("digits/text", turns, None, describe_scene(scene))
-    return {**row, "id": f"digits/text/{number:06d}"}
-
-
-def draw_turns(rng: random.Random, scene: list[dict], *, with_caption: bool = True) -> list[tuple[str, str]]:
-    """Questions and answers of one conversation."""
-    if with_caption and rng.random() < CAPTION_SHARE:
-        return [ask(rng, "caption", scene)]
-    tasks = [task for task in QUESTIONS if task != "caption"]
-    return [ask(rng, task, scene) for task in rng.sample(tasks, TURNS)]
+def text_rows(rng: random.Random, by_digit: list[list[int]], share: float) -> list[dict]:
+    """One question a row, about a scene that is written out where a picture would stand; lesson after lesson."""
+    rows = []
+    for count, weights in LESSONS:
+        for task in rng.choices(list(weights), weights.values(), k=math.ceil(count * share)):
+            scene = draw_scene(rng, by_digit)
+            question, answer = ask(rng, task, scene)
+            meta = {"task": task, **describe_scene(scene)}
+            row = make_row("digits/text", [(f"{write_cells(scene)}\n{question}", answer)], None, meta)
+            rows.append({**row, "id": f"digits/text/{len(rows):06d}"})
+    return rows
 
 
 def make_row(source: str, turns: list[tuple[str, str]], image: dict | None, meta: dict) -> dict:
@@ -268,7 +267,7 @@ def describe_scene(scene: list[dict]) -> dict:
     return {
         "digits": [thing["digit"] for thing in scene],
         "colours": [thing["colour"] for thing in scene],
-        "places": [list(PLACES)[thing["place"]] for thing in scene],
+        "places": [PLACES[thing["place"]] for thing in scene],
     }
 
 
@@ -282,7 +281,7 @@ def ask(rng: random.Random, task: str, scene: list[dict]) -> tuple[str, str]:
         answer = write_caption(scene)
     elif task == "position":
         thing = rng.choice(scene)
-        place, answer = list(PLACES.values())[thing["place"]], str(thing["digit"])
+        place, answer = PLACES[thing["place"]], str(thing["digit"])
     elif task == "count":
         answer = str(len(scene))
     elif task == "color":
@@ -297,22 +296,17 @@ def ask(rng: random.Random, task: str, scene: list[dict]) -> tuple[str, str]:
 
 
 def write_caption(scene: list[dict]) -> str:
-    """`There is a red 5 at the top left, a blue 3 in the centre and an orange 0 on the right.`"""
-    places = list(PLACES.values())
-    parts = [
-        f"{with_article(thing['colour'])} {thing['digit']} {places[thing['place']]}" for thing in scene
-    ]
+    """`There is a red 5 in the top left, a blue 3 in the middle centre and an orange 0 in the bottom right.`"""
+    parts = [f"{with_article(thing['colour'])} {thing['digit']} in the {PLACES[thing['place']]}" for thing in scene]
     return "There is " + " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]])) + "."
 
 
-def write_scene(rng: random.Random, scene: list[dict]) -> tuple[str, bool]:
-    """A scene as text: mostly the nine cells in reading order, sometimes a sentence. And whether it is a sentence."""
-    if rng.random() < SENTENCE_SHARE:
-        return write_caption(rng.sample(scene, len(scene))), True
+def write_cells(scene: list[dict]) -> str:
+    """The nine cells in reading order, one word each: `red5 - - - blue3 - - - -`."""
     cells = ["-"] * len(PLACES)
     for thing in scene:
         cells[thing["place"]] = f"{thing['colour']}{thing['digit']}"
-    return " ".join(cells), False
+    return " ".join(cells)
 
 
 def with_article(word: str) -> str:

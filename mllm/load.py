@@ -1,6 +1,7 @@
 """Read checkpoints: assembled and trained models, adapters, and the processor that belongs to them."""
 
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -57,7 +58,9 @@ def load_model(
     )
     _check_keys(info, base)
     if adapter:
-        model = PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a name it is about to drop
+            model = PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
     return model.to(device) if device is not None else model
 
 

@@ -1,8 +1,12 @@
 """Tiny tokenizers, processors and models made in memory, for tests and scripts. Nothing is downloaded."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers import (
     AddedToken,
     Regex,
@@ -127,8 +131,6 @@ def _byte_level_bpe(words: str, vocab_size: int) -> Tokenizer:
 
 def _without_special(backend: Tokenizer, texts: list[str]) -> Tokenizer:
     """The same tokenizer in which `texts` are plain pieces of the vocabulary, and without a pre-tokenizer."""
-    import json
-
     fields = json.loads(backend.to_str())
     fields["added_tokens"] = [token for token in fields["added_tokens"] if token["content"] not in texts]
     fields["pre_tokenizer"] = None
@@ -170,7 +172,7 @@ def tiny_llm(family: str = "llama", *, vocab_size: int, tied: bool = False, **fi
         vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=fields.pop("num_hidden_layers", 2),
         num_attention_heads=4,
         num_key_value_heads=2,
         **({"head_dim": 8} if has_own_head_dim else {}),
@@ -222,6 +224,35 @@ def tiny_model(directory: Path, **parts) -> tuple[MllmForConditionalGeneration, 
     """An assembled model with its processor, out of `save_tiny_parts(directory, **parts)`."""
     paths = save_tiny_parts(directory, **parts)
     return assemble(image_encoder=paths["image_encoder"], language_model=paths["language_model"])
+
+
+def save_tiny_rows(
+    directory: Path, count: int = 12, *, num_images: Callable[[int], int] = lambda number: int(number % 3 > 0)
+) -> Path:
+    """Write rows about random images, with answers of unequal length, and return their JSONL file.
+
+    Args:
+        directory: Where `rows.jsonl` and `images` are made.
+        count: How many rows.
+        num_images: How many images the row of this number has; by default every third row is text alone.
+    """
+    (directory / "images").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    rows = []
+    for number in range(count):
+        content: list[dict] = [{"type": "image"}] * num_images(number)
+        media = []
+        for item in range(num_images(number)):
+            height, width = (int(side) for side in random.integers(10, 30, 2))
+            path = f"images/{number}-{item}.png"
+            Image.fromarray(random.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(directory / path)
+            media.append({"kind": "image", "path": path, "height": height, "width": width})
+        question = {"role": "user", "content": [*content, {"type": "text", "text": f"What is number {number}?"}]}
+        answer = {"role": "assistant", "content": [{"type": "text", "text": "a red 3" + " and a 7" * (number % 5)}]}
+        rows.append({"id": f"row-{number}", "source": "tiny", "messages": [question, answer], "media": media})
+    path = directory / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def _image_processor(side: int = 16) -> CLIPImageProcessorPil:

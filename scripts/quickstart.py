@@ -62,9 +62,10 @@ def command(name: str, out: Path, seed: int) -> list[str]:
         "data": ["data_recipes/digits.py", "--out", data, "--seed", seed],
         "backbones": ["scripts/train_digit_backbones.py", "--data", data, "--out", parts, "--seed", seed],
         "train": ["train/run.py", "train/configs/quickstart.yaml", "--output_dir", out / "run", "--data_root", data]
-        + ["--set", f"model.image_encoder={parts / 'encoder'}", f"model.language_model={parts / 'llm'}", f"seed={seed}"],
+        + ["--set", f"model.image_encoder={parts / 'encoder'}", f"model.language_model={parts / 'llm'}"]
+        + [f"model.seed={seed}", f"seed={seed}"],
         "evaluate": ["scripts/evaluate_model.py", model, "--rows", data / "eval", "--out", out / "evaluation.json"],
-        "export": ["scripts/export.py", model, "--out", out / "export", "--probes", data / "eval" / "caption.jsonl"],
+        "export": ["scripts/export.py", model, "--out", out / "export", "--rows", data / "eval" / "caption.jsonl"],
         "chat": ["scripts/chat.py", model, "--image", picture(out) if name == "chat" else None],
     }
     program, *rest = map(str, arguments[name])
@@ -154,7 +155,7 @@ def next_commands(out: Path) -> list[str]:
         f"make demo MODEL={model}                    # chat in the browser",
         f"python scripts/chat.py {model} --image {picture(out)}",
         f"python scripts/export.py {model} --out my-export --push_to_hub ORG/NAME",
-        "python train/run.py train/configs/llava15.yaml --help",
+        "python train/run.py --help",
     ]
 
 

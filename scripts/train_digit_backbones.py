@@ -9,8 +9,11 @@ ordinary checkpoints; from then on every program treats them as if they had been
 
 import argparse
 import json
+import math
 import os
+import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +29,7 @@ GRID = 3  # the canvas is GRID x GRID cells
 PATCH = 16
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "white")
 SPARE_ROWS = 16  # embedding rows that no token uses yet: room for a placeholder
+QUESTIONS_SHARE = 0.65  # of the language model's steps: captions come after
 IGNORED = -100
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -40,8 +44,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="directory written by data_recipes/digits.py")
     parser.add_argument("--out", type=Path, required=True, help="directory to write; must be absent or empty")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--encoder_steps", type=int, default=400)
-    parser.add_argument("--llm_steps", type=int, default=450)
+    parser.add_argument("--encoder_steps", type=int, default=500)
+    parser.add_argument("--llm_steps", type=int, default=1300)
     args = parser.parse_args()
     if not (args.data / "recipe.json").is_file():
         parser.error(f"--data {args.data} holds no recipe.json: run data_recipes/digits.py --out {args.data} first")
@@ -55,6 +59,7 @@ def main() -> None:
         "encoder": train_encoder(args.data, partial / "encoder", args.encoder_steps),
         "llm": train_llm(args.data, partial / "llm", args.llm_steps),
     }
+    report["parameters"] = {name: report[name]["parameters"] for name in ("encoder", "llm")}
     (partial / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if args.out.exists():
         args.out.rmdir()
@@ -97,8 +102,9 @@ def train_encoder(data: Path, out: Path, steps: int) -> dict:
         digit_loss = cross_entropy(digit_logits, digits[rows].flatten())
         return digit_loss + cross_entropy(colour_logits, colours[rows].flatten(), ignore_index=IGNORED)
 
+    batches = torch.cat([torch.randperm(len(pixels)) for _ in range(128 * steps // len(pixels) + 1)]).split(128)[:steps]
     parameters = [*encoder.parameters(), *head.parameters()]
-    optimise(parameters, loss, len(pixels), steps, batch_size=128, peak_rate=2e-3, name="encoder")
+    optimise(parameters, (lambda batch=batch: loss(batch) for batch in batches), steps, 2e-3, "encoder")
 
     encoder.eval()
     with torch.no_grad():
@@ -140,14 +146,8 @@ def read_cells(path: Path, processor: CLIPImageProcessorPil, config: CLIPVisionC
 def train_llm(data: Path, out: Path, steps: int) -> dict:
     """Train a tokenizer and a Llama on conversations about scenes written out as text, and save both."""
     start = time.perf_counter()
-    rows = [json.loads(line) for line in (data / "text.jsonl").open(encoding="utf-8")]
-    chats = [
-        [{"role": message["role"], "content": message["content"][0]["text"]} for message in row["messages"]]
-        for row in rows
-    ]
-    tokenizer = train_tokenizer(message["content"] for chat in chats for message in chat)
-    encoded = tokenizer.apply_chat_template(chats, return_dict=True, return_assistant_tokens_mask=True)
-    input_ids, labels = to_tensors(encoded["input_ids"], encoded["assistant_masks"], tokenizer.pad_token_id)
+    phases = [read_chats(data / name) for name in ("text_questions.jsonl", "text.jsonl")]
+    tokenizer = train_tokenizer(message["content"] for chats in phases for chat in chats for message in chat)
     config = LlamaConfig(
         vocab_size=len(tokenizer) + SPARE_ROWS,
         hidden_size=128,
@@ -156,26 +156,29 @@ def train_llm(data: Path, out: Path, steps: int) -> dict:
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=512,
+        initializer_range=128**-0.5,  # the usual 0.02 is for wide models: here it costs hundreds of steps
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     llm = LlamaForCausalLM(config)
-    held_out = min(500, len(rows) // 10)
+    compose_embeddings(llm, tokenizer)
 
-    def loss(rows: torch.Tensor) -> torch.Tensor:
-        ids, targets = trim(input_ids[rows], labels[rows])
-        hidden = llm.model(input_ids=ids, use_cache=False).last_hidden_state  # padding is on the right: never attended
-        wanted = targets[:, 1:] != IGNORED
-        return cross_entropy(llm.lm_head(hidden[:, :-1][wanted]), targets[:, 1:][wanted])
+    def loss(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        hidden = llm.model(input_ids=input_ids, use_cache=False).last_hidden_state  # right padding is never attended to
+        wanted = labels[:, 1:] != IGNORED
+        return cross_entropy(llm.lm_head(hidden[:, :-1][wanted]), labels[:, 1:][wanted])
 
-    optimise(list(llm.parameters()), loss, len(rows) - held_out, steps, batch_size=48, peak_rate=2e-3, name="llm")
+    batches, held_out = [], []
+    for chats, share in zip(phases, (QUESTIONS_SHARE, 1 - QUESTIONS_SHARE), strict=True):
+        encoded = tokenizer.apply_chat_template(chats, return_dict=True, return_assistant_tokens_mask=True)
+        rows = to_tensors(encoded["input_ids"], encoded["assistant_masks"], tokenizer.pad_token_id)
+        held_out = [tensor[-400:] for tensor in rows]
+        batches += make_batches([tensor[:-400] for tensor in rows], round(share * steps), batch_size=32)
+    optimise(list(llm.parameters()), (lambda batch=batch: loss(*batch) for batch in batches), len(batches), 2e-3, "llm")
 
     llm.eval()
-    with torch.no_grad():
-        ids, targets = trim(input_ids[-held_out:], labels[-held_out:])
-        predicted = llm(input_ids=ids).logits[:, :-1].argmax(-1)
-    wanted = targets[:, 1:] != IGNORED
+    tasks = [json.loads(line)["meta"]["task"] for line in (data / "text.jsonl").open(encoding="utf-8")][-len(held_out[0]) :]
     llm.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     llm.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -184,11 +187,53 @@ def train_llm(data: Path, out: Path, steps: int) -> dict:
         "seconds": round(time.perf_counter() - start, 1),
         "parameters": sum(p.numel() for p in llm.parameters()),
         "vocabulary": len(tokenizer),
-        "held_out_token_accuracy": round((predicted == targets[:, 1:])[wanted].float().mean().item(), 4),
+        "held_out_answers_right": right_answers(llm, *held_out),
     }
 
 
-def train_tokenizer(texts) -> PreTrainedTokenizerFast:
+def read_chats(path: Path) -> list[list[dict]]:
+    """The conversations of a text-only row file, contents as strings."""
+    rows = [json.loads(line) for line in path.open(encoding="utf-8")]
+    return [
+        [{"role": message["role"], "content": message["content"][0]["text"]} for message in row["messages"]]
+        for row in rows
+    ]
+
+
+def compose_embeddings(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Let tokens that share a word or a digit start alike: `red5` near `red` plus `5`, with or without a space."""
+    embeddings, scale, words = llm.model.embed_tokens.weight.data, llm.config.initializer_range, {}
+    for token in range(len(tokenizer)):
+        parts = re.findall(r"[A-Za-z]+|[0-9]|[^\sA-Za-z0-9]+", tokenizer.decode([token]))
+        for part in parts:
+            words.setdefault(part.lower(), scale * torch.randn(embeddings.shape[1]))
+        if parts:
+            embeddings[token] *= 0.2
+            embeddings[token] += sum(words[part.lower()] for part in parts)
+    llm.lm_head.weight.data.copy_(embeddings)
+
+
+def make_batches(rows: list[torch.Tensor], count: int, *, batch_size: int) -> list[tuple[torch.Tensor, ...]]:
+    """Shuffled batches of rows of similar length, cut behind the last label."""
+    input_ids, labels = rows
+    lengths = (labels != IGNORED).float().cumsum(1).argmax(1)
+    batches = []
+    while len(batches) < count:
+        for chunk in torch.randperm(len(input_ids)).split(16 * batch_size):
+            batches += chunk[lengths[chunk].argsort()].split(batch_size)
+    batches = [batches[i] for i in torch.randperm(len(batches))[:count].tolist()]
+    return [(input_ids[batch][:, : (width := int(lengths[batch].max()) + 1)], labels[batch][:, :width]) for batch in batches]
+
+
+@torch.no_grad()
+def right_answers(llm: LlamaForCausalLM, input_ids: torch.Tensor, labels: torch.Tensor) -> float:
+    """Share of the conversations whose every answer token is the likeliest one."""
+    predicted = llm(input_ids=input_ids).logits[:, :-1].argmax(-1)
+    is_right = (predicted == labels[:, 1:]) | (labels[:, 1:] == IGNORED)
+    return round(is_right.all(1).float().mean().item(), 4)
+
+
+def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """Byte-level BPE. Letters and digits may stand in one token, so that a cell such as `red5` becomes one."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -225,29 +270,22 @@ def to_tensors(ids: list[list[int]], masks: list[list[int]], pad: int) -> tuple[
     return input_ids, labels
 
 
-def trim(input_ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cut the columns behind the last label of the batch."""
-    width = int((labels != IGNORED).any(0).nonzero().max()) + 1
-    return input_ids[:, :width], labels[:, :width]
-
-
 # Both
 
 
-def optimise(parameters, loss, num_rows, steps, *, batch_size, peak_rate, name) -> None:
-    """AdamW under a linear warm-up and a cosine, over shuffled rows; `loss` maps row numbers to a scalar."""
+def optimise(parameters: list, losses: Iterable, steps: int, peak_rate: float, name: str) -> None:
+    """AdamW under a linear warm-up and a cosine; `losses` gives one function a step, which returns that step's loss."""
     optimizer = torch.optim.AdamW(parameters, lr=peak_rate, betas=(0.9, 0.98), weight_decay=0.05)
-    warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.05, total_iters=steps // 15 + 1)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=peak_rate / 50)
-    order = torch.cat([torch.randperm(num_rows) for _ in range(steps * batch_size // num_rows + 1)])
-    progress = tqdm(order[: steps * batch_size].split(batch_size), desc=name, unit="step")
-    for step, rows in enumerate(progress):
-        value = loss(rows)
+    warm_up = max(1, steps // 15)
+    progress = tqdm(losses, desc=name, unit="step", total=steps)
+    for step, loss in enumerate(progress):
+        cosine = 0.51 + 0.49 * math.cos(math.pi * max(0, step - warm_up) / max(1, steps - warm_up))
+        optimizer.param_groups[0]["lr"] = peak_rate * min((step + 1) / warm_up, cosine)
+        value = loss()
         value.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        (warm_up if step < steps // 15 else decay).step()
         if step % 20 == 0:
             progress.set_postfix(loss=f"{value.item():.3f}")
 

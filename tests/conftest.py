@@ -13,8 +13,10 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import ipaddress
 import random
+import runpy
 import shutil
 import socket
+from pathlib import Path
 
 import numpy
 import pytest
@@ -25,6 +27,8 @@ import transformers
 # that jaxtyping puts around a dataclass's __init__ refuses. transformers validates those fields itself; methods stay
 # checked.
 transformers.PreTrainedConfig.__no_type_check__ = True
+# An output may be made of a dict of its fields, too; accelerate does so under mixed precision.
+transformers.utils.ModelOutput.__no_type_check__ = True
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -67,6 +71,50 @@ def chromium() -> str:
     if os.environ.get("CI"):
         pytest.fail(message)
     pytest.skip(message)
+
+
+@pytest.fixture(scope="session")
+def assembled(tmp_path_factory) -> Path:
+    """A composed model, saved."""
+    from mllm.assemble import assemble_checkpoint
+    from mllm.testing import save_tiny_parts
+
+    root = tmp_path_factory.mktemp("assembled")
+    return assemble_checkpoint(root / "model", **save_tiny_parts(root))
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory) -> Path:
+    """Twelve rows, four of them without an image."""
+    from mllm.testing import save_tiny_rows
+
+    return save_tiny_rows(tmp_path_factory.mktemp("rows"))
+
+
+@pytest.fixture(scope="session")
+def train(assembled: Path, rows: Path):
+    """Run `train/sft.py` in this process, on the tiny model and rows unless told otherwise; returns OUTPUT_DIR."""
+    from mllm.training.arguments import build_arguments
+
+    run = runpy.run_path(str(Path(__file__).parents[1] / "train" / "sft.py"))["run"]
+
+    def start(output_dir: Path, **options) -> Path:
+        settled = {
+            "model": str(assembled),
+            "data": [str(rows)],
+            "output_dir": str(output_dir),
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-2,
+            "max_steps": 4,
+            "save_strategy": "no",
+            "use_cpu": True,
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+        run(build_arguments(settled | options, where="the test"))
+        return output_dir
+
+    return start
 
 
 def _is_this_machine(host: str) -> bool:

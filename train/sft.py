@@ -20,9 +20,9 @@ from mllm.errors import user_errors
 from mllm.models.parts import apply_modes, summarize_parts
 from mllm.training.arguments import SftArguments, parse_arguments
 from mllm.training.checkpoint import FINAL, latest_checkpoint
-from mllm.training.run_record import claim_directory, describe_run, resolved_options
+from mllm.training.run_record import claim_directory, describe_run, refuse_foreign_directory
 from mllm.training.sft import SftTrainer
-from mllm.training.start import check_launch, read_examples, starting_model
+from mllm.training.start import check_launch, encode_rows, read_rows, starting_model
 
 
 def main() -> None:
@@ -38,33 +38,29 @@ def run(args: SftArguments) -> None:
     check_launch(args)
     set_seed(args.seed)
 
+    # Data: missing files, malformed rows and bad media are found before anything is written
+    refuse_foreign_directory(output_dir)
+    rows = read_rows(args, progress=lambda what, total: bar(what, total, is_main))
+
     # The model to start from, and its processor
     with PartialState().main_process_first():
         base = starting_model(args)
     processor = load_processor(base)
-
-    # Data: everything that can be wrong with it is found here
-    examples, rows = read_examples(args, processor, progress=lambda what, total: bar(what, total, is_main))
+    examples = encode_rows(rows, args, processor, progress=lambda what, total: bar(what, total, is_main))
     say(f"rows: {len(examples)} used, dropped: {dict(examples.dropped) or 'none'}")
 
+    # Parts: what is trained
+    model = apply_modes(load_model(base, dtype=args.dtype), args.parts)
+    for part in summarize_parts(model, args.parts, learning_rate=args.learning_rate):
+        rate = "" if part.learning_rate is None else f"  learning rate {part.learning_rate:g}"
+        say(f"{part.name:<16} {part.mode:<7} {part.trainable:>14,} of {part.parameters:>14,} trained{rate}")
+
     # This directory is ours, or not to be touched
-    record = describe_run(
-        model=base,
-        data=rows.fingerprints(),
-        options=resolved_options(args),
-        rows={"used": len(examples), "dropped": dict(examples.dropped)},
-        world_size=args.world_size,
-    )
+    record = describe_run(args, base=base, rows=rows, examples=examples)
     with PartialState().main_process_first():
         claim_directory(output_dir, record)
     if is_complete(output_dir / FINAL):
         return say(f"finished before: {output_dir / FINAL}")
-
-    # Parts: what is trained
-    model = apply_modes(load_model(base), args.parts)
-    for part in summarize_parts(model, args.parts, learning_rate=args.learning_rate):
-        rate = "" if part.learning_rate is None else f"  learning rate {part.learning_rate:g}"
-        say(f"{part.name:<16} {part.mode:<7} {part.trainable:>14,} of {part.parameters:>14,} trained{rate}")
 
     # Train, from where the run was left
     trainer = SftTrainer(
@@ -73,7 +69,7 @@ def run(args: SftArguments) -> None:
     checkpoint = latest_checkpoint(output_dir)
     if checkpoint:
         say(f"going on from {checkpoint}")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.train_from(checkpoint)
     say(f"model: {trainer.save_final()}")
 
 

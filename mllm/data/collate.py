@@ -1,12 +1,14 @@
 """Examples to one padded batch: decode the media, pad the text."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.utils.data import get_worker_info
 
 from mllm.data.examples import Example
 from mllm.data.labels import IGNORED
+from mllm.errors import MllmError
 from mllm.processing import MllmProcessor
 from mllm.processing.images import decode_image
 from mllm.shapes import Tensor
@@ -28,9 +30,9 @@ class PaddingCollator:
         """Collate.
 
         Returns:
-            `input_ids`, `labels` (-100 on all that is not learned) and `attention_mask` (from lengths, so that a padding
-            id inside a text stays visible), all [B, T] and padded on the right; `pixel_values` [N, C, H, W] where there
-            are images; `loss_weights` [B, T] where some label weighs other than 1.
+            `input_ids`, `labels` (-100 on all that is not learned) and `attention_mask` (from lengths, so that a
+            padding id inside a text stays visible), all [B, T] and padded on the right; `pixel_values` [N, C, H, W]
+            where there are images; `loss_weights` [B, T] where some label weighs other than 1.
 
             No examples give two padding tokens with nothing to learn: an empty micro-batch of weight 0.
 
@@ -60,7 +62,35 @@ class PaddingCollator:
         return batch
 
 
-def _pad(rows: Sequence[Any], value: float, dtype: torch.dtype) -> Tensor:
+class ErrorsAsBatches:
+    """Collate; in a data worker, hand an `MllmError` over in place of the batch.
+
+    An exception raised in a worker reaches the main process as a text in another exception, and its message would be
+    buried in a traceback. `raising_errors` raises it there as it was.
+    """
+
+    def __init__(self, collate: Callable[[Sequence[Example]], dict[str, Tensor]]):
+        self.collate = collate
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor] | MllmError:
+        """The batch, or what is wrong with it."""
+        try:
+            return self.collate(examples)
+        except MllmError as error:
+            if get_worker_info() is None:
+                raise
+            return error
+
+
+def raising_errors(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches, one by one as they are asked for; an error among them is raised."""
+    for batch in batches:
+        if isinstance(batch, MllmError):
+            raise batch
+        yield batch
+
+
+def _pad(rows: Sequence[Any], value: int | float, dtype: torch.dtype) -> Tensor:
     """Stack sequences of unequal length, padded on the right."""
     padded = torch.full((len(rows), max(map(len, rows))), value, dtype=dtype)
     for row, values in enumerate(rows):

@@ -15,7 +15,7 @@ from mllm.processing import MllmProcessor
 
 OVERLONG = ("drop", "error")
 CACHED_TOKENS = 20_000_000
-"""Encoded text is kept in memory up to this many tokens (160 MB); beyond it rows are encoded again when they are due."""
+"""Encoded text is kept in memory up to this many tokens (160 MB); beyond it rows are encoded again when due."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,6 +84,8 @@ class Rows(Sequence[Row]):
         return self.ends[-1] if self.ends else 0
 
     def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
         number = bisect_right(self.ends, index)
         start = self.ends[number - 1] if number else 0
         return self.files[number][index - start]
@@ -94,7 +96,7 @@ class Rows(Sequence[Row]):
 
 
 def check_media(rows: Sequence[Row], *, progress: Callable[[], Any] | None = None) -> None:
-    """Find missing and unreadable media, and sizes that are not the row's, before any training step. Reads headers only.
+    """Find missing and unreadable media, and sizes that are not the row's, before training. Reads headers only.
 
     Raises:
         MediaError: The first five that are wrong, and how many there are.

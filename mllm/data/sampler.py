@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader, Sampler
 def plan_epoch(num_rows: int, *, batch_size: int, world_size: int, seed: int, epoch: int) -> list[list[list[int]]]:
     """Row indices as [micro-step][rank][row of the micro-batch].
 
-    Every row stands exactly once. All ranks get equally many micro-batches, of which the last may be short or empty: an
-    empty one weighs nothing, where repeating rows would change the data and leaving rows out would lose them.
+    Every row stands exactly once. All ranks get equally many micro-batches, of which the last may be short or empty:
+    an empty one weighs nothing, where repeating rows would change the data and leaving rows out would lose them.
 
     Example: 5 rows in batches of 1 on 2 ranks might give [[[3], [0]], [[4], [1]], [[2], []]].
     """

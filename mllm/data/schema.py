@@ -69,6 +69,8 @@ def parse_row(fields: Any, *, where: str, root: Path) -> Row:
     """
     _expect(isinstance(fields, dict), where, f"a {type(fields).__name__}", "an object", "write one JSON object a line")
     _check_keys(fields, ROW_KEYS, required=("id", "messages"), where=where)
+    is_id = isinstance(fields["id"], str | int)
+    _expect(is_id, where, f"id = {fields['id']!r:.60}", "a string or a number", "name the row")
     where_row = f"{where}, row {fields['id']!r}"
     messages = fields["messages"]
     _check_messages(messages, where_row)
@@ -95,6 +97,13 @@ def _check_messages(messages: Any, where: str) -> None:
         _expect(is_message, here, f"{message!r:.60}", "an object with `role` and `content`", "mend the message")
         roles = ", ".join(ROLES)
         _expect(message["role"] in ROLES, here, f"role = {message['role']!r}", f"one of {roles}", "mend the role")
+        content = message["content"]
+        is_content = isinstance(content, str) or (
+            isinstance(content, list) and all(isinstance(item, dict) and "type" in item for item in content)
+        )
+        _expect(
+            is_content, here, f"content = {content!r:.60}", "a string, or a list of objects with `type`", "mend it"
+        )
     answers = [message for message in messages if message["role"] == "assistant" and message.get("loss") is not False]
     _expect(
         bool(answers),
@@ -110,6 +119,10 @@ def _parse_media(item: Any, where: str, root: Path) -> MediaItem:
     _check_keys(item, MEDIA_KEYS, required=MEDIA_KEYS, where=where)
     kinds = ", ".join(MEDIA_KINDS)
     _expect(item["kind"] in MEDIA_KINDS, where, f"kind = {item['kind']!r}", f"one of {kinds}", "mend the kind")
+    is_path = isinstance(item["path"], str) and bool(item["path"])
+    _expect(
+        is_path, where, f"path = {item['path']!r:.60}", "a file name", "write the image's path, relative to the file"
+    )
     size = (item["height"], item["width"])
     is_size = all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in size)
     _expect(

@@ -14,8 +14,8 @@ RUN_RECORD = "run.json"
 
 _BODY = """# {title}
 
-A vision-language model: an image encoder, a connector and a language model, composed and trained with mllm and exported
-to `{architecture}` of transformers. Nothing but transformers is needed to use it.
+A vision-language model: an image encoder, a connector and a language model, composed and trained with mllm and
+exported to `{architecture}` of transformers. Nothing but transformers is needed to use it.
 
 ## Use
 
@@ -26,9 +26,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 path = "{title}"  # this repository's id, or the directory
 processor = AutoProcessor.from_pretrained(path)
 model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto")
-content = [{{"type": "image", "image": Image.open("picture.png")}}, {{"type": "text", "text": "What is in the picture?"}}]
+picture = {{"type": "image", "image": Image.open("picture.png")}}
+question = {{"type": "text", "text": "What is in the picture?"}}
 inputs = processor.apply_chat_template(
-    [{{"role": "user", "content": content}}],
+    [{{"role": "user", "content": [picture, question]}}],
     add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
 ).to(model.device, dtype=model.dtype)
 output = model.generate(**inputs, max_new_tokens=128)
@@ -133,9 +134,9 @@ def _composition(parts: dict[str, str], report: ExportReport) -> str:
 def _data(sources: list[dict[str, Any]]) -> str:
     if not sources:
         return "Not recorded. Licences of the parts above and of the data apply."
+    fields = ("source", "revision", "licence")
     rows = [
-        f"| {source.get('source', '?')} | {source.get('revision') or '-'} | {source.get('licence') or 'not recorded'} |"
-        for source in sources
+        "| " + " | ".join(str(source.get(field) or "not recorded") for field in fields) + " |" for source in sources
     ]
     table = "\n".join(["| source | revision | licence |", "|---|---|---|", *dict.fromkeys(rows)])
     return f"{table}\n\nThese licences and those of the parts above apply."

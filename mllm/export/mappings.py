@@ -106,7 +106,7 @@ def _rename(key: str, renames: tuple[tuple[str, str], ...]) -> str:
     )
 
 
-# --- LlavaForConditionalGeneration --------------------------------------------------------------------------------------
+# --- LlavaForConditionalGeneration ------------------------------------------------------------------------------------
 # https://github.com/huggingface/transformers/blob/main/src/transformers/models/llava/modeling_llava.py
 # Encoder of fixed square resolution -> hidden_states[k], first token dropped or not -> linear, activation, linear with
 # the text width inside -> decoder -> a head that is one matrix.
@@ -185,8 +185,8 @@ def _llava_processor(processor: MllmProcessor, config: MllmConfig) -> LlavaProce
 def _head_obstacles(model: MllmForConditionalGeneration) -> list[Obstacle]:
     """What the language model's own class does around its head and LLaVA does not.
 
-    Granite and Cohere scale their logits, Gemma 2 caps them, Phi adds a bias. Rather than knowing them by name, our very
-    weights are run once through the family's own class: anything but equality bit for bit is an obstacle.
+    Granite and Cohere scale their logits, Gemma 2 caps them, Phi adds a bias. Rather than knowing them by name, our
+    very weights are run once through the family's own class: anything but equality bit for bit is an obstacle.
     """
     language_model, remedy = model.model.language_model, "use a language model of another family"
     if model.config.tie_word_embeddings and "embed_tokens.weight" not in language_model.state_dict():

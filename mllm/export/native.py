@@ -43,7 +43,7 @@ def export(
         dtype: "float32", "bfloat16" or "float16"; the type it was trained in by default.
         target: A key of `mllm.export.mappings.TARGETS`; the first that fits by default.
         probes: Conversations to compare; synthetic ones by default.
-        title: What the model card calls it, such as the ORG/NAME it will be pushed to; the directory's name by default.
+        title: What the card calls it, such as the ORG/NAME it will be pushed to; the directory's name by default.
 
     Raises:
         CheckpointError: `out` exists, or `model_dir` is no finished checkpoint.
@@ -54,25 +54,25 @@ def export(
     _check_dtype(dtype)
     processor = load_processor(model_dir)
     probes = probes or synthetic_probes(processor.image_token_rule.image_size)
-    trained = load_trained(model_dir, processor, probes, dtype=dtype)
-    chosen = find_target(trained.model, processor, name=target)
+    model, origin = load_trained(model_dir, processor, probes, dtype=dtype)
+    chosen = find_target(model, processor, name=target)
     with atomic_directory(out, kind="export", facts={"architecture": chosen.architecture}) as partial:
-        expected = answer_probes(trained.model, processor, probes)
-        num_parameters = write_stock(trained.model, processor, partial, target=chosen)
+        expected = answer_probes(model, processor, probes)
+        num_parameters = write_stock(model, processor, partial, target=chosen)
         store_probes(partial, probes, expected)
-        trained.model = None  # a large model must not be in memory twice
-        parity = verify(partial, expected, dtype=trained.dtype)
+        del model  # a large model must not be in memory twice
+        parity = verify(partial, expected, dtype=origin.dtype)
         report = ExportReport(
             architecture=chosen.architecture,
-            dtype=trained.dtype,
-            trained_dtype=trained.trained_dtype,
+            dtype=origin.dtype,
+            trained_dtype=origin.trained_dtype,
             num_parameters=num_parameters,
             num_probes=parity.num_probes,
             max_abs_diff=parity.max_abs_diff,
             tolerance=parity.tolerance,
             same_tokens=parity.same_tokens,
-            merge_max_abs_diff=trained.merge_max_abs_diff,
-            rounding_max_abs_diff=trained.rounding_max_abs_diff,
+            merge_max_abs_diff=origin.merge_max_abs_diff,
+            rounding_max_abs_diff=origin.rounding_max_abs_diff,
             versions=library_versions(),
         )
         write_card(partial, Path(model_dir), report, title=title or Path(out).name)
@@ -81,11 +81,10 @@ def export(
     return report
 
 
-@dataclass
-class Trained:
-    """A plain model ready to be written, and what became of it on the way."""
+@dataclass(frozen=True)
+class Origin:
+    """What became of a model on its way from the checkpoint to the export's type; see `ExportReport`."""
 
-    model: MllmForConditionalGeneration | None
     dtype: str
     trained_dtype: str
     merge_max_abs_diff: float | None
@@ -94,7 +93,7 @@ class Trained:
 
 def load_trained(
     path: str | Path, processor: MllmProcessor, probes: list[Probe], *, dtype: str | None = None
-) -> Trained:
+) -> tuple[MllmForConditionalGeneration, Origin]:
     """Load a checkpoint as a plain model in the type it is to be exported in.
 
     Raises:
@@ -116,7 +115,7 @@ def load_trained(
         before = tuple(probe_logits(model, one) for one in inputs)
         cast_weights(model, getattr(torch, dtype))
         rounding_diff = max_difference(before, tuple(probe_logits(model, one) for one in inputs))
-    return Trained(model, dtype, trained_dtype, merge_diff, rounding_diff)
+    return model, Origin(dtype, trained_dtype, merge_diff, rounding_diff)
 
 
 def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -31,9 +31,9 @@ class ExportReport:
         same_tokens: Whether prompt ids and greedy continuations were equal on every probe.
         merge_max_abs_diff: Largest difference of logits between the adapter and the merged model, both in float32;
             None without an adapter.
-        rounding_max_abs_diff: Largest difference of logits made by rounding to `dtype`; None where nothing was rounded.
+        rounding_max_abs_diff: Largest difference of logits made by rounding to `dtype`; None where nothing was.
         versions: Of the libraries it was written and verified with.
-        files: Size in bytes and SHA-256 of every file but the card (edit it as you like), this report and `complete.json`.
+        files: Size in bytes and SHA-256 of every file but this report, `complete.json` and the card, which may be edited.
         seconds: Wall-clock time of the export, its verification included.
     """
 

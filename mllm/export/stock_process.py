@@ -32,7 +32,7 @@ def answer(directory: Path, logit_positions: int, new_tokens: int) -> tuple[dict
     if wrong := {key: sorted(map(str, names)) for key, names in loaded.items() if names}:
         raise SystemExit(f"{directory} does not load cleanly: {wrong}")
     processor = AutoProcessor.from_pretrained(directory)
-    # The one that transformers takes without torchvision, and that models are trained with; torchvision rounds otherwise.
+    # What transformers takes without torchvision, and what models are trained with; torchvision rounds otherwise.
     processor.image_processor = AutoImageProcessor.from_pretrained(directory, backend="pil")
     tensors, texts = {}, []
     for number, probe in enumerate(json.loads((directory / "probes" / "probes.json").read_text(encoding="utf-8"))):

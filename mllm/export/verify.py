@@ -112,7 +112,7 @@ def _run_alone(script: Path, request: Path) -> None:
     """Run `script` with neither its folder nor the working directory on the module path, and without a network."""
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     command = [sys.executable, "-P", str(script), str(request)]
-    done = subprocess.run(  # noqa: S603
+    done = subprocess.run(
         command, env=os.environ | offline, cwd=request.parent, capture_output=True, text=True, check=False
     )
     if done.returncode:

@@ -15,7 +15,7 @@ def supervised_loss(
     head: nn.Module,
     *,
     loss_weights: Float[Tensor, "B T"] | None = None,
-    num_items: Int[Tensor, ""] | int | None = None,
+    num_items: Int[Tensor, ""] | Float[Tensor, ""] | int | None = None,
 ) -> Float[Tensor, ""]:
     """Cross-entropy of the next token at supervised positions, summed and divided by `num_items`.
 

@@ -54,7 +54,8 @@ class MllmTower(PreTrainedModel):
 
     def __init__(self, config: MllmTowerConfig):
         super().__init__(config)
-        self.encoder = AutoModel.from_config(config.encoder_config)
+        # In the type that is being loaded: transformers hands it on to our sub-configs, but not to theirs.
+        self.encoder = AutoModel.from_config(config.encoder_config, dtype=torch.get_default_dtype())
         self.connector = build_connector(config)
         self.post_init()
 

@@ -1,9 +1,12 @@
 """The parts of a model as it is trained: which there are, which modules they consist of, what is trained of each."""
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -11,6 +14,9 @@ from mllm.errors import OptionError
 from mllm.models.encoders import encoder_family
 
 MODES = ("frozen", "lora", "full")
+ADAPTER = "default"
+COPY = f"modules_to_save.{ADAPTER}"
+"""Where PEFT keeps the trained copy of a module, below the module's own name."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class PartOptions:
     mode: str = "frozen"
     learning_rate: float | None = None
     rank: int = 16
-    alpha: float = 32
+    alpha: float = 32.0
     dropout: float = 0.0
 
 
@@ -75,8 +81,8 @@ def parts_of(model: PreTrainedModel) -> dict[str, Part]:
 def apply_modes(model: PreTrainedModel, options: Mapping[str, PartOptions]) -> PreTrainedModel | PeftModel:
     """Freeze, open or adapt each part. Parts that are not named are frozen.
 
-    With any adapter in the run, every part trained in full goes through PEFT's `modules_to_save`: so it is saved with the
-    adapter, and its untrained copy stays in the model. Adapters are put on modules by their exact full names.
+    With any adapter in the run, every part trained in full goes through PEFT's `modules_to_save`: so it is saved with
+    the adapter, and its untrained copy stays in the model. Adapters are put on modules by their exact full names.
 
     Args:
         model: A composed model, loaded; its `requires_grad` flags are set anew.
@@ -86,10 +92,11 @@ def apply_modes(model: PreTrainedModel, options: Mapping[str, PartOptions]) -> P
         The model, wrapped by PEFT where a part is "lora".
 
     Raises:
-        OptionError: An unknown part or mode, or a combination that cannot be saved.
+        OptionError: An unknown part or mode, a combination that cannot be saved, or weights that cannot be trained.
     """
     parts = parts_of(model)
-    _check(parts, options)
+    check_options(parts, options)
+    _check_dtype(model, parts, options)
     model.requires_grad_(False)
     mode = {name: options.get(name, PartOptions()).mode for name in parts}
     if "lora" not in mode.values():
@@ -138,14 +145,15 @@ def summarize_parts(
     counts = {name: [0, 0, 0] for name in parts}
     for full_name, parameter in plain.named_parameters():
         count = counts[part_of(full_name, parts.values())]
-        is_copy = ".modules_to_save." in full_name or ".lora_" in full_name
+        is_copy = f".{COPY}." in full_name or ".lora_" in full_name
         count[0] += 0 if is_copy else parameter.numel()
         count[1] += parameter.numel() if parameter.requires_grad else 0
         count[2] += full_name.endswith(".lora_A.default.weight")
     rows = []
     for name, (total, trainable, adapted) in counts.items():
         chosen = options.get(name, PartOptions())
-        rate = None if chosen.mode == "frozen" else chosen.learning_rate or learning_rate
+        own = learning_rate if chosen.learning_rate is None else chosen.learning_rate
+        rate = None if chosen.mode == "frozen" else own
         rows.append(PartSummary(name, chosen.mode, total, trainable, rate, adapted))
     return rows
 
@@ -158,7 +166,12 @@ def part_of(parameter_name: str, parts: Iterable[Part]) -> str:
     raise AssertionError(f"{parameter_name} belongs to no part")
 
 
-def _check(parts: Mapping[str, Part], options: Mapping[str, PartOptions]) -> None:
+def check_options(parts: Collection[str], options: Mapping[str, PartOptions]) -> None:
+    """Check names of parts, modes and their combination; needs no model.
+
+    Raises:
+        OptionError: As `apply_modes` does.
+    """
     for name, chosen in options.items():
         if name not in parts:
             raise OptionError(
@@ -172,13 +185,29 @@ def _check(parts: Mapping[str, Part], options: Mapping[str, PartOptions]) -> Non
         raise OptionError(
             "every part is frozen", expected="at least one part to train", do="set a part to `full` or `lora`"
         )
+    dropouts = {name: chosen.dropout for name, chosen in options.items() if chosen.mode == "lora"}
+    if len(set(dropouts.values())) > 1:
+        raise OptionError(
+            f"parts: dropout differs: {dropouts}", expected="one dropout for all lora parts", do="set them equal"
+        )
     modes = {chosen.mode for chosen in options.values()}
     if "lora" in modes and options.get("text", PartOptions()).mode == "full":
         raise OptionError(
             "text = full beside a lora part",
             expected="text = lora or frozen where another part is lora",
-            do="set `text: lora`, or train the other parts `full`; a full copy of the language model would be kept beside it",
+            do="set `text: lora`, or train the other parts `full`; else a second language model would be kept",
         )
+
+
+def _check_dtype(model: nn.Module, parts: Mapping[str, Part], options: Mapping[str, PartOptions]) -> None:
+    for full_name, parameter in model.named_parameters():
+        name = part_of(full_name, parts.values())
+        if parameter.dtype == torch.float16 and options.get(name, PartOptions()).mode == "full":
+            raise OptionError(
+                f"parts: {name} = full, and its weights are float16 (such as {full_name})",
+                expected="weights of float32 or bfloat16: steps of training are lost, or overflow, in float16",
+                do="set `dtype: bfloat16`, or `dtype: float32` with `bf16: true` for mixed precision",
+            )
 
 
 def _open(model: nn.Module, part: Part) -> None:
@@ -191,13 +220,13 @@ def _open(model: nn.Module, part: Part) -> None:
 def _adapt(model: PreTrainedModel, parts: Mapping[str, Part], options: Mapping[str, PartOptions]) -> PeftModel:
     """Put LoRA on the linear layers of the "lora" parts, each with its own rank and alpha."""
     targets: dict[str, PartOptions] = {}
-    saved = []
+    saved: list[str] = []
     for name, part in parts.items():
         chosen = options.get(name, PartOptions())
         if chosen.mode == "lora":
-            targets |= dict.fromkeys(linear_modules(model, part), chosen)
+            targets |= dict.fromkeys(_targets(model, part), chosen)
         elif chosen.mode == "full":
-            saved += list(part.modules)
+            saved += part.modules
     first = next(iter(targets.values()))
     config = LoraConfig(
         r=first.rank,
@@ -209,12 +238,42 @@ def _adapt(model: PreTrainedModel, parts: Mapping[str, Part], options: Mapping[s
         modules_to_save=saved or None,
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(model, config)
-    for part in parts.values():
-        for parameter_name, parameter in adapted.get_base_model().named_parameters():
-            if part.unused and parameter_name.replace(".modules_to_save.default", "").startswith(part.unused):
-                parameter.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a name it is about to drop
+        adapted = get_peft_model(model, config, adapter_name=ADAPTER)
+    # PEFT shortens long lists of names to common endings. What is saved shall be what was meant.
+    config.target_modules = set(targets)
+    if adapted_modules(adapted) != sorted(targets):
+        raise AssertionError("adapters stand elsewhere than on the modules that were named")
+    freeze_unused(adapted)
     return adapted
+
+
+def _targets(model: nn.Module, part: Part) -> list[str]:
+    names = linear_modules(model, part)
+    if not names:
+        raise OptionError(
+            f"parts: {part.name} = lora, and it has no torch.nn.Linear to put adapters on",
+            expected="linear layers (GPT-2 has its own kind)",
+            do=f"set `{part.name}: full` or `frozen`, or choose another model",
+        )
+    return names
+
+
+def freeze_unused(model: nn.Module) -> None:
+    """Freeze the parameters that no feature passes. PEFT opens them whenever it switches an adapter on."""
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    unused = tuple(prefix for part in parts_of(plain).values() for prefix in part.unused)
+    for name, parameter in plain.named_parameters():
+        if unused and name.replace(f".{COPY}", "").startswith(unused):
+            parameter.requires_grad_(False)
+
+
+def adapted_modules(model: PeftModel) -> list[str]:
+    """Full names of the modules that carry an adapter, sorted."""
+    return sorted(
+        name for name, module in model.get_base_model().named_modules() if isinstance(module, BaseTunerLayer)
+    )
 
 
 def linear_modules(model: nn.Module, part: Part) -> list[str]:

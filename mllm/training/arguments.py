@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from mllm.data.examples import OVERLONG
 from mllm.data.rows import RowSource
 from mllm.errors import OptionError
 from mllm.models.parts import PartOptions
@@ -46,8 +48,8 @@ class SftArguments(TrainingArguments):
     parts: Any = field(
         default_factory=dict,
         metadata={
-            "help": "What is trained: part (image.encoder, image.connector, text) to frozen, lora or full, or to a mapping "
-            "with mode, learning_rate, rank, alpha, dropout. Parts not named are frozen."
+            "help": "What is trained: part (image.encoder, image.connector, text) to frozen, lora or full, or to a "
+            "mapping with mode, learning_rate, rank, alpha, dropout. Parts not named are frozen."
         },
     )
     data: Any = field(
@@ -64,14 +66,46 @@ class SftArguments(TrainingArguments):
     overlong: str = field(
         default="drop", metadata={"help": "Rows longer than max_length: drop (counted and reported) or error."}
     )
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Type of the weights: auto (as saved), float32 or bfloat16. float32 with `bf16: true` is mixed "
+            "precision."
+        },
+    )
+    logging_steps: float = field(default=10.0, metadata={"help": "Steps between two lines of the log."})
+    # transformers' defaults of these are ints under a float annotation, which our tests do not let pass.
+    warmup_steps: float = field(default=0.0, metadata={"help": "Steps, or a share of them below 1, to warm up in."})
+    eval_delay: float = field(default=0.0, metadata={"help": argparse.SUPPRESS})
+    save_steps: float = field(default=500.0, metadata={"help": "Steps between two checkpoints."})
 
     def __post_init__(self):
         self.remove_unused_columns = False  # batches are ours, there are no columns
+        self.ddp_find_unused_parameters: bool | None
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every trained parameter gets a gradient, if only of zero
         super().__post_init__()
 
 
-OWN = ("model", "parts", "data", "data_root", "max_length", "overlong")
+OWN = ("model", "parts", "data", "data_root", "max_length", "overlong", "dtype")
+CHOICES = {"overlong": OVERLONG, "dtype": ("auto", "float32", "bfloat16")}
+UNSUPPORTED = {
+    "eval_strategy": "training does not evaluate; evaluate checkpoints with scripts/",
+    "eval_on_start": "training does not evaluate; evaluate checkpoints with scripts/",
+    "load_best_model_at_end": "training does not evaluate; evaluate checkpoints with scripts/",
+    "auto_find_batch_size": "batches are planned for the whole run; set per_device_train_batch_size",
+    "label_smoothing_factor": "the loss is plain cross-entropy",
+    "dataloader_drop_last": "every row is used exactly once an epoch",
+    "train_sampling_strategy": "rows are shuffled anew in each epoch",
+    "save_only_model": "a checkpoint can always be gone on from; OUTPUT_DIR/final is the model alone",
+    "ignore_data_skip": "a run goes on where it was left",
+    "resume_from_checkpoint": "the same command again goes on from the newest complete checkpoint",
+    "push_to_hub": "scripts/export.py uploads",
+    "include_num_input_tokens_seen": "log.jsonl holds no token counts",
+    "logging_dir": "log.jsonl stands in output_dir",
+}
+"""Options of TrainingArguments that would be ignored, or do harm, and why."""
+
 COMMON = (
     "output_dir", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
     "max_steps", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "seed", "bf16",
@@ -105,7 +139,7 @@ def parse_arguments(argv: Sequence[str]) -> SftArguments:
     options = read_config(config, stage=stage) if config else {}
     if config and "data_root" not in given:
         options.setdefault("data_root", str(config.parent))
-    options |= {name: yaml.safe_load(value) if name in OWN else value for name, value in given.items()}
+    options |= {name: _read_yaml(value, f"--{name}") if name in OWN else value for name, value in given.items()}
     return build_arguments(options, where=str(config) if config else "the command line")
 
 
@@ -117,24 +151,25 @@ def read_config(path: Path, *, stage: str | None = None) -> dict[str, Any]:
     """
     if not path.is_file():
         raise OptionError(f"--config {path} is not there", expected="a YAML file", do="correct the path")
-    options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    options = _read_yaml(path.read_text(encoding="utf-8"), f"--config {path}")
     if not isinstance(options, dict):
         raise OptionError(
             f"--config {path} holds {type(options).__name__}", expected="a mapping", do="write key: value"
         )
     if "stages" not in options:
         return options
-    stages = {entry["name"]: entry for entry in options["stages"]}
+    stages = {entry.get("name"): entry for entry in options["stages"] or () if isinstance(entry, dict)}
     if stage is None and len(stages) == 1:
         stage = next(iter(stages))
     if stage not in stages:
         raise OptionError(
             f"--config {path} is a plan, and --stage is {stage!r}",
-            expected=f"one of {', '.join(stages)}",
+            expected=f"one of {', '.join(map(str, stages))}",
             do="name it with --stage, or run the whole plan with train/run.py",
         )
+    shared = {key: value for key, value in options.items() if key != "stages"}
     chosen = {key: value for key, value in stages[stage].items() if key != "name"}
-    return {"model": options["model"], "output_dir": f"runs/{path.stem}/{stage}", **chosen}
+    return {"output_dir": f"runs/{path.stem}/{stage}", **shared, **chosen}
 
 
 def build_arguments(options: Mapping[str, Any], *, where: str) -> SftArguments:
@@ -143,10 +178,31 @@ def build_arguments(options: Mapping[str, Any], *, where: str) -> SftArguments:
     Raises:
         OptionError: A key is unknown (the nearest is named), required and missing, or its value cannot be read.
     """
+    _check_names(options, where)
+    plain = {name: value for name, value in options.items() if name not in OWN and value is not None}
+    command = [item for name, value in plain.items() for item in _as_command(name, value)]
+    try:
+        parser = HfArgumentParser(SftArguments, exit_on_error=False, allow_abbrev=False)
+        typed = vars(parser.parse_args(command))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # gradient_checkpointing, by its name in every release
+            arguments = SftArguments(**{name: typed[name] for name in plain})
+    except (argparse.ArgumentError, ValueError) as error:
+        raise OptionError(f"{where}: {error}", expected="a value of the option's type", do="correct it") from error
+    for name in OWN:
+        if name in options:
+            setattr(arguments, name, options[name])
+    _check_values(arguments, where)
+    arguments.parts = read_parts(arguments.parts)
+    arguments.data = read_sources(arguments.data, root=arguments.data_root)
+    return arguments
+
+
+def _check_names(options: Mapping[str, Any], where: str) -> None:
     known = [option.name for option in fields(SftArguments) if option.init]
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+            near = difflib.get_close_matches(str(name), known, n=1)
             raise OptionError(
                 f"unknown option {name!r} in {where}",
                 expected="an option that `train/sft.py --help` lists, or one of transformers' TrainingArguments",
@@ -155,19 +211,26 @@ def build_arguments(options: Mapping[str, Any], *, where: str) -> SftArguments:
     for name in ("model", "data", "output_dir"):
         if not options.get(name):
             raise OptionError(f"no `{name}` in {where}", expected=f"a value for `{name}`", do=f"add `{name}`")
-    plain = {name: value for name, value in options.items() if name not in OWN and value is not None}
-    command = [item for name, value in plain.items() for item in (f"--{name}", _as_text(value))]
-    try:
-        parser = HfArgumentParser(SftArguments, exit_on_error=False, allow_abbrev=False)
-        (arguments,) = parser.parse_args_into_dataclasses(command, look_for_args_file=False)
-    except (argparse.ArgumentError, ValueError) as error:
-        raise OptionError(f"{where}: {error}", expected="a value of the option's type", do="correct it") from error
-    for name in OWN:
-        if name in options:
-            setattr(arguments, name, options[name])
-    arguments.parts = read_parts(arguments.parts)
-    arguments.data = read_sources(arguments.data, root=arguments.data_root)
-    return arguments
+
+
+def _check_values(arguments: SftArguments, where: str) -> None:
+    """What `HfArgumentParser` does not check: our options, and those of transformers that would not be honoured."""
+    for name, choices in CHOICES.items():
+        if getattr(arguments, name) not in choices:
+            raise OptionError(
+                f"{name} = {getattr(arguments, name)!r} in {where}",
+                expected=f"one of {', '.join(choices)}",
+                do="choose",
+            )
+    length = arguments.max_length
+    if length is not None and (not isinstance(length, int) or length < 1):
+        raise OptionError(f"max_length = {length!r} in {where}", expected="a whole number, or null", do="correct it")
+    defaults = {option.name: option.default for option in fields(SftArguments)}
+    for name, reason in UNSUPPORTED.items():
+        if name in defaults and getattr(arguments, name) not in (defaults[name], None, "no", "random"):
+            raise OptionError(
+                f"{name} = {getattr(arguments, name)!r} in {where}", expected=f"no `{name}`: {reason}", do="remove it"
+            )
 
 
 def read_parts(parts: Any) -> dict[str, PartOptions]:
@@ -183,17 +246,35 @@ def read_parts(parts: Any) -> dict[str, PartOptions]:
         if isinstance(value, PartOptions):
             read[name] = value
             continue
-        chosen = {"mode": value} if isinstance(value, str) else dict(value)
-        known = [option.name for option in fields(PartOptions)]
-        unknown = [key for key in chosen if key not in known]
-        if unknown:
-            raise OptionError(
-                f"parts: {name}: unknown key {unknown[0]!r}", expected=f"some of {', '.join(known)}", do="correct it"
-            )
-        if "learning_rate" in chosen and chosen["learning_rate"] is not None:
-            chosen["learning_rate"] = float(chosen["learning_rate"])  # YAML reads 1e-3 as a word
-        read[name] = PartOptions(**chosen)
+        read[name] = _read_part(name, {"mode": value} if isinstance(value, str) else value)
     return read
+
+
+def _read_part(name: str, given: Any) -> PartOptions:
+    kinds = {"mode": str, "learning_rate": float, "rank": int, "alpha": float, "dropout": float}
+    if not isinstance(given, dict):
+        raise OptionError(
+            f"parts: {name} = {given!r}", expected="frozen, lora or full, or a mapping with `mode`", do="correct it"
+        )
+    if unknown := [key for key in given if key not in kinds]:
+        raise OptionError(
+            f"parts: {name}: unknown key {unknown[0]!r}", expected=f"some of {', '.join(kinds)}", do="correct it"
+        )
+    chosen = {}
+    for key, value in given.items():
+        if key == "learning_rate" and value is None:
+            continue
+        try:
+            chosen[key] = kinds[key](value)  # YAML reads 1e-3 as a word
+        except (TypeError, ValueError) as error:
+            raise OptionError(
+                f"parts: {name}: {key} = {value!r}", expected=f"a {kinds[key].__name__}", do="correct it"
+            ) from error
+    if chosen.get("rank", 1) < 1 or chosen.get("learning_rate", 0.0) < 0:
+        raise OptionError(
+            f"parts: {name}: {given}", expected="rank at least 1, learning_rate at least 0", do="correct it"
+        )
+    return PartOptions(**chosen)
 
 
 def read_sources(data: Any, *, root: str | None) -> list[RowSource]:
@@ -210,14 +291,30 @@ def read_sources(data: Any, *, root: str | None) -> list[RowSource]:
             sources.append(entry)
             continue
         entry = {"path": entry} if isinstance(entry, str) else entry
-        if not isinstance(entry, dict) or "path" not in entry or set(entry) - {"path", "first"}:
-            raise OptionError(f"data: {entry!r:.80}", expected="a mapping with path, and first", do="correct it")
+        is_entry = (
+            isinstance(entry, dict) and isinstance(entry.get("path"), str) and not set(entry) - {"path", "first"}
+        )
+        first = entry.get("first") if is_entry else None
+        if not is_entry or not (first is None or (isinstance(first, int) and first > 0)):
+            raise OptionError(
+                f"data: {entry!r:.80}", expected="a path, or a mapping with path, and first", do="correct it"
+            )
         sources.append(RowSource(Path(root or ".", entry["path"]), first=entry.get("first")))
     return sources
 
 
-def _as_text(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, dict | list) else str(value)
+def _as_command(name: str, value: Any) -> list[str]:
+    """An option as the command line has it; lists become several words, mappings JSON."""
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"]
+
+
+def _read_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise OptionError(f"{where}: {error}", expected="YAML", do="correct it") from error
 
 
 def _help(option) -> str:

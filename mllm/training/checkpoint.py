@@ -35,13 +35,14 @@ def write_weights(
         processor: The one that made the batches.
         record: Content of `run.json`.
         base: Directory of the model the run started from.
-        home: Where the checkpoint will stand in the end; an adapter names its base relative to it, so that a run can be
-            moved as a whole.
+        home: Where the checkpoint will stand in the end; an adapter names its base relative to it, so that a run can
+            be moved as a whole.
         state_dict: Gathered weights, where the model's own are sharded.
     """
     if isinstance(model, PeftModel):
         model.peft_config["default"].base_model_name_or_path = os.path.relpath(base, home)
         model.save_pretrained(directory, state_dict=state_dict, save_embedding_layers=False)
+        (directory / "README.md").unlink(missing_ok=True)  # PEFT's blank form; a card is written on export
     else:
         model.save_pretrained(directory, state_dict=state_dict)
     processor.save_pretrained(directory)

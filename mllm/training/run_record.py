@@ -9,36 +9,45 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mllm.data.examples import Examples
+from mllm.data.rows import Rows
 from mllm.errors import CheckpointError
 from mllm.training.arguments import SftArguments
 
 RUN_RECORD = "run.json"
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "tokenizers")
+OURS = ("assembled", "base", "stage.yaml", f"{Path(RUN_RECORD).stem}.")
+"""What may stand in a run's directory before its record: beginnings of names."""
+
 IDENTITY = ("model", "data", "options", "world_size")
 """What has to be equal for a directory to be gone on with."""
 
-VOLATILE = ("output_dir", "logging_dir", "run_name", "report_to", "resume_from_checkpoint", "local_rank", "data_root")
-"""Options that do not decide the outcome."""
+VOLATILE = (
+    "output_dir", "run_name", "report_to", "project", "trackio_space_id", "resume_from_checkpoint", "local_rank",
+    "model", "data", "data_root", "disable_tqdm", "save_strategy", "save_steps", "save_total_limit", "log_level",
+    "log_level_replica", "log_on_each_node", "logging_dir", "logging_strategy", "logging_steps", "logging_first_step",
+    "logging_nan_inf_filter", "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_pin_memory",
+    "dataloader_persistent_workers", "ddp_timeout", "ddp_backend", "ddp_bucket_cap_mb", "ddp_find_unused_parameters",
+    "hub_token", "push_to_hub_token", "skip_memory_metrics",
+)  # fmt: skip
+"""Options that do not decide the outcome, or stand elsewhere in the record."""
 
 
-def describe_run(
-    *, model: Path, data: list[dict[str, Any]], options: dict[str, Any], rows: dict[str, Any], world_size: int
-) -> dict[str, Any]:
+def describe_run(args: SftArguments, *, base: Path, rows: Rows, examples: Examples) -> dict[str, Any]:
     """Everything about a run that decides its outcome, and where it came from.
 
     Args:
-        model: Directory of the model it starts from.
-        data: Path, number of rows and hash of every source.
-        options: The resolved options.
-        rows: How many are used, and dropped for which reason.
-        world_size: Number of processes.
+        args: Its options.
+        base: Directory of the model it starts from.
+        rows: The rows it reads.
+        examples: Those it uses.
     """
     return {
-        "model": {"path": str(model), "sha256": hash_files(model)},
-        "data": data,
-        "rows": rows,
-        "options": options,
-        "world_size": world_size,
+        "model": {"path": str(base), "sha256": hash_files(base)},
+        "data": rows.fingerprints(),
+        "rows": {"used": len(examples), "dropped": dict(examples.dropped)},
+        "options": resolved_options(args),
+        "world_size": args.world_size,
         "git": describe_git(),
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES},
     }
@@ -48,7 +57,6 @@ def resolved_options(args: SftArguments) -> dict[str, Any]:
     """The options that decide the outcome, as JSON can hold them; where it is written and logged is left out."""
     options = args.to_dict()
     options["parts"] = {name: asdict(chosen) for name, chosen in args.parts.items()}
-    options["data"] = [{"path": str(source.path), "first": source.first} for source in args.data]
     return {name: value for name, value in sorted(options.items()) if name not in VOLATILE}
 
 
@@ -82,7 +90,7 @@ def claim_directory(output_dir: Path, record: dict[str, Any]) -> None:
     path = output_dir / RUN_RECORD
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
-        differing = [name for name in IDENTITY if before.get(name) != json.loads(json.dumps(record[name]))]
+        differing = [name for name in IDENTITY if _identity(before, name) != _identity(record, name)]
         if differing:
             raise CheckpointError(
                 f"{output_dir} holds a run with other {_explain(before, record, differing)}",
@@ -90,24 +98,44 @@ def claim_directory(output_dir: Path, record: dict[str, Any]) -> None:
                 do="choose another `output_dir`, or delete this one yourself",
             )
         return
-    if output_dir.is_dir() and any(
-        entry.name not in ("assembled", "base", "stage.yaml") for entry in output_dir.iterdir()
-    ):
-        raise CheckpointError(
-            f"{output_dir} holds files, but no run",
-            expected="a new or empty directory",
-            do="choose another `output_dir`",
-        )
+    refuse_foreign_directory(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     partial.rename(path)
 
 
+def refuse_foreign_directory(output_dir: Path) -> None:
+    """Before anything is written: the directory is new, empty, or holds a run.
+
+    Raises:
+        CheckpointError: It holds files of somebody else's.
+    """
+    if (output_dir / RUN_RECORD).is_file() or not output_dir.is_dir():
+        return
+    foreign = sorted(entry.name for entry in output_dir.iterdir() if not entry.name.startswith(OURS))
+    if foreign:
+        raise CheckpointError(
+            f"{output_dir} holds files, but no run, such as {foreign[0]}",
+            expected="a new or empty directory",
+            do="choose another `output_dir`",
+        )
+
+
+def _identity(record: dict[str, Any], name: str) -> Any:
+    """What has to be equal of a record's entry: files count by content, so that a run may be moved."""
+    entry = json.loads(json.dumps(record.get(name)))
+    if name == "model":
+        return (entry or {}).get("sha256")
+    if name == "data":
+        return [(source["sha256"], source["rows"]) for source in entry or []]
+    return entry
+
+
 def _explain(before: dict[str, Any], now: dict[str, Any], differing: list[str]) -> str:
     """Name the options that differ, where it is only them."""
     if differing != ["options"]:
-        return " and ".join(name for name in differing)
+        return " and ".join(differing)
     old, new = before["options"], json.loads(json.dumps(now["options"]))
     names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     return "options: " + ", ".join(f"{name} = {old.get(name)!r}, now {new.get(name)!r}" for name in names[:3])

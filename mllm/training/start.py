@@ -1,12 +1,13 @@
 """What has to be settled before the first step: the launch, the model to start from, the rows."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers.training_args import ParallelMode
 
-from mllm.assemble import assemble_checkpoint
+from mllm.assemble import assemble, assemble_checkpoint
 from mllm.checkpoints import atomic_directory, is_complete, read_complete
 from mllm.data.examples import Examples
 from mllm.data.rows import Rows, check_media
@@ -67,8 +68,7 @@ def assemble_once(directory: Path, options: dict[str, Any]) -> Path:
         OptionError: Unknown keys.
         CheckpointError: Another model stands there.
     """
-    known = ("image_encoder", "language_model", "connector", "feature_layer", "feature_select", "geometry")
-    known += ("chat_template", "seed")
+    known = tuple(inspect.signature(assemble).parameters)
     wrong = [key for key in options if key not in known]
     missing = [key for key in ("image_encoder", "language_model") if key not in options]
     if wrong or missing:
@@ -89,19 +89,27 @@ def assemble_once(directory: Path, options: dict[str, Any]) -> Path:
     return assemble_checkpoint(directory, **options)
 
 
-def read_examples(args: SftArguments, processor: MllmProcessor, *, progress: Progress) -> tuple[Examples, Rows]:
-    """Open, check, encode and measure all rows.
+def read_rows(args: SftArguments, *, progress: Progress) -> Rows:
+    """Open all rows, and check their media.
 
     Raises:
-        OptionError, RowError, MediaError: As `Rows`, `check_media` and `Examples` do.
+        OptionError, RowError, MediaError: As `Rows` and `check_media` do.
     """
     rows = Rows(args.data)
     check_media(rows, progress=progress("checking media", len(rows)))
-    examples = Examples(
+    return rows
+
+
+def encode_rows(rows: Rows, args: SftArguments, processor: MllmProcessor, *, progress: Progress) -> Examples:
+    """Encode and measure all rows.
+
+    Raises:
+        OptionError, RowError: As `Examples` does.
+    """
+    return Examples(
         rows,
         processor,
         max_length=args.max_length,
         overlong=args.overlong,
         progress=progress("encoding text", len(rows)),
     )
-    return examples, rows

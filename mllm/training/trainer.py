@@ -1,23 +1,24 @@
 """What every training of ours shares: batches, parts, the loss's divisor, checkpoints."""
 
-import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from mllm.checkpoints import atomic_directory, mark_complete
-from mllm.data.collate import PaddingCollator
+from mllm.checkpoints import atomic_directory, mark_complete, read_complete
+from mllm.data.collate import ErrorsAsBatches, PaddingCollator, raising_errors
 from mllm.data.examples import Examples
 from mllm.data.sampler import EpochDataLoader, RankBatches
-from mllm.models.parts import PartOptions, learning_rate_groups
+from mllm.models.parts import PartOptions, freeze_unused, learning_rate_groups
 from mllm.processing import MllmProcessor
 from mllm.training.arguments import SftArguments
+from mllm.training.callbacks import Console, JsonLog
 from mllm.training.checkpoint import FINAL, PREFIX, remove_old, write_weights
 
 
@@ -49,9 +50,11 @@ class MllmTrainer(Trainer):
             model=model,
             args=args,
             train_dataset=examples,
-            data_collator=PaddingCollator(processor),
-            callbacks=[JsonLog()],
+            data_collator=ErrorsAsBatches(PaddingCollator(processor)),
+            callbacks=[JsonLog(), Console()],
         )
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
         # The count of supervised tokens of the whole global batch is what the loss is divided by. Trainer looks for
         # it in the signature of the model's forward, which PEFT hides.
         self.model_accepts_loss_kwargs = True
@@ -60,6 +63,19 @@ class MllmTrainer(Trainer):
         self.parts = dict(parts)
         self.base = base
         self.record = record
+        self.aside: Path | None = None
+        self.tower_parameters: list[torch.nn.Parameter] = []
+
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Train from the beginning, or go on from a checkpoint; one of the last step is only loaded."""
+        if checkpoint is not None and (read_complete(checkpoint) or {})["is_last"]:
+            self._load_from_checkpoint(str(checkpoint))
+        else:
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args, **kwargs) -> tuple[list, Any]:
+        """The micro-batches of a step and their number of supervised tokens; a worker's error is raised here."""
+        return super().get_batch_samples(raising_errors(epoch_iterator), *args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         """This rank's micro-batches. They are planned for all ranks together, so accelerate has nothing to shard."""
@@ -78,20 +94,38 @@ class MllmTrainer(Trainer):
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=self.args.device.type == "cuda",
+            generator=torch.Generator(),  # its own: the global one shall stand where it stood, with workers or without
         )
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """One group for each part and decay, each with its own learning rate."""
+        self.optimizer: torch.optim.Optimizer | None
         if self.optimizer is None:
+            freeze_unused(self.model)
             groups = learning_rate_groups(
                 self.model,
                 self.parts,
                 learning_rate=self.args.learning_rate,
                 weight_decay=self.args.weight_decay,
             )
+            self.tower_parameters = [
+                parameter for group in groups if not group["name"].startswith("text/") for parameter in group["params"]
+            ]
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = optimizer_class(groups, **settings)
         return self.optimizer
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args, **kwargs) -> Any:
+        """The model's loss; without media it is joined to the towers all the same, with a gradient of zero.
+
+        Several ranks do that in the forward (their collectives have to meet). One process has to come to the same end:
+        a step without media is a step of zero for a tower, and not none at all; and where only a tower is trained,
+        there is something to go backward through.
+        """
+        loss = super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+        if self.args.world_size == 1 and "pixel_values" not in inputs:
+            loss = loss + sum(0.0 * parameter.sum() for parameter in self.tower_parameters)
+        return loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: transformers' estimate knows nothing of towers, and walks the whole model at every step."""
@@ -99,31 +133,35 @@ class MllmTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Write weights and processor, and no pickled arguments. transformers calls this wherever it saves a model."""
+        if not self.args.should_save:
+            return
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model)
         home = Path(self.args.output_dir) / directory.name
         write_weights(directory, model, self.processor, self.record, base=self.base, home=home, state_dict=state_dict)
 
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where checkpoints are written: beside their place while they are incomplete."""
+        return str(self.aside or self.args.output_dir)
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Write the checkpoint aside, and give it its name when it is complete."""
         name = f"{PREFIX}{self.state.global_step}"
         output_dir = Path(self.args.output_dir)
-        aside = output_dir / f"{name}.partial"
+        self.aside = output_dir / f"{name}.partial"
         if self.is_world_process_zero():
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(self.aside, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self._get_output_dir = lambda trial: str(aside)
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            del self._get_output_dir
+        super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            mark_complete(aside / name, kind="checkpoint", facts={"step": self.state.global_step})
-            os.rename(aside / name, output_dir / name)
-            aside.rmdir()
+            facts = {"step": self.state.global_step, "is_last": self.state.global_step >= self.state.max_steps}
+            mark_complete(self.aside / name, kind="checkpoint", facts=facts)
+            shutil.rmtree(output_dir / name, ignore_errors=True)
+            os.rename(self.aside / name, output_dir / name)
             remove_old(output_dir, keep=self.args.save_total_limit)
+        self.aside = None
         self.accelerator.wait_for_everyone()
 
     def save_final(self) -> Path:
@@ -138,13 +176,3 @@ class MllmTrainer(Trainer):
                 )
         self.accelerator.wait_for_everyone()
         return final
-
-
-class JsonLog(TrainerCallback):
-    """Appends what is logged to `OUTPUT_DIR/log.jsonl`, one JSON object a line."""
-
-    def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs) -> None:
-        """Write one line."""
-        if state.is_world_process_zero and logs:
-            with Path(args.output_dir, "log.jsonl").open("a", encoding="utf-8") as log:
-                log.write(json.dumps({"step": state.global_step, **logs}) + "\n")

@@ -150,8 +150,9 @@ def test_padding_left_on_by_an_earlier_call_does_not_matter():
     processor = _processor()
     messages = [{"role": "user", "content": "Is there a 5?"}]
     before = processor.encode_chat(messages)
-    processor.tokenizer(["a", "b c"], padding="max_length", truncation=True, max_length=5)
-    assert processor.encode_chat(messages) == before
+    for max_length in (5, 100):
+        processor.tokenizer(["a", "b c"], padding="max_length", truncation=True, max_length=max_length)
+        assert processor.encode_chat(messages) == before
 
 
 def test_a_changed_template_or_vocabulary_is_noticed():

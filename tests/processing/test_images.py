@@ -138,7 +138,7 @@ def test_faults_name_row_and_file(tmp_path):
 
 def test_types_we_do_not_read_are_refused():
     with pytest.raises(MediaError, match="no image of a known type"):
-        decode_image(_bytes(_quarters(), "ICO"))
+        decode_image(_bytes(_quarters(), "PPM"))
     with pytest.raises(MediaError, match="floating-point"):
         decode_image(_bytes(Image.new("F", (4, 4)), "TIFF"))
 

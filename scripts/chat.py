@@ -1,0 +1,96 @@
+"""Talk to a model in the terminal, about pictures if you like.
+
+    python scripts/chat.py runs/quickstart/run/sft/final --image scene.png
+
+Type a question and press enter. /image PATH adds a picture to the next question, /new starts over, /quit ends.
+Questions can be piped in, too: one a line.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from mllm.errors import MllmError, user_errors
+from mllm.inference import Chat
+from mllm.processing.images import decode_image
+
+
+def main() -> None:
+    """Load the model, then answer line by line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="directory of a model or adapter, or Hub id of a model")
+    parser.add_argument("--image", type=Path, nargs="+", default=[], help="pictures for the first question")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer, in tokens")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    logging.disable_progress_bar()
+    with user_errors():
+        pictures = [checked(path) for path in args.image]
+        chat = Chat.from_pretrained(
+            args.model, device=args.device, max_new_tokens=args.max_new_tokens, temperature=args.temperature
+        )
+        converse(chat, pictures)
+
+
+def converse(chat: Chat, pictures: list[str]) -> None:
+    """Answer until the input ends. What cannot be answered is said, and does not become part of the conversation."""
+    messages: list[dict] = []
+    while (line := read_line()) is not None:
+        command, _, rest = line.partition(" ")
+        try:
+            if command == "/quit":
+                return
+            elif command == "/new":
+                messages, pictures = [], []
+            elif command == "/image":
+                pictures = [*pictures, checked(Path(rest.strip()))]
+            elif line:
+                question = {"role": "user", "content": [*map(image_item, pictures), {"type": "text", "text": line}]}
+                answer = say(chat, [*messages, question])
+                messages += [question, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+                pictures = []
+        except MllmError as error:
+            if not sys.stdin.isatty():
+                raise
+            print(error, file=sys.stderr)
+
+
+def say(chat: Chat, messages: list[dict]) -> str:
+    """Print the answer while it is generated, and return it; Ctrl-C stops it."""
+    answer = ""
+    pieces = chat.stream(messages)
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+            answer += piece
+    except KeyboardInterrupt:
+        pieces.close()
+    print()
+    return answer
+
+
+def read_line() -> str | None:
+    """The next line, None at the end of the input; with a prompt only where somebody types."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except (EOFError, KeyboardInterrupt):
+        return None
+
+
+def checked(path: Path) -> str:
+    """The path, if there is a picture that can be read."""
+    decode_image(path)
+    return str(path)
+
+
+def image_item(path: str) -> dict:
+    """A content item."""
+    return {"type": "image", "image": path}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The digits world's recipe, run as a program at a small size."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mllm.evaluation.digits import METRICS, score
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_recipe(out, *options):
+    command = [sys.executable, ROOT / "data_recipes/digits.py", "--out", out, "--scenes", "12", "--text_scenes", "20"]
+    command += ["--eval_scenes", "40", *options]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    out = tmp_path_factory.mktemp("digits") / "world"
+    done = run_recipe(out, "--seed", "0")
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_no_scan_of_evaluation_is_seen_in_training(world):
+    recipe = json.loads((world / "recipe.json").read_text(encoding="utf-8"))
+    assert not set(recipe["train_scans"]) & set(recipe["eval_scans"])
+    assert len(recipe["train_scans"]) + len(recipe["eval_scans"]) == 1797
+    used = {scan for path in ("cells.jsonl", "eval/cells.jsonl") for row in read_rows(world / path) for scan in row["scans"]}
+    assert used <= set(recipe["train_scans"]) | set(recipe["eval_scans"])
+    unseen = {scan for row in read_rows(world / "eval/cells.jsonl") for scan in row["scans"]}
+    assert unseen <= set(recipe["eval_scans"])
+
+
+def test_rows_have_their_pictures_and_answers(world):
+    for name in ("caption.jsonl", "mixture.jsonl", *(f"eval/{task}.jsonl" for task in METRICS)):
+        for row in read_rows(world / name):
+            items = [item for message in row["messages"] for item in message["content"]]
+            assert sum(item["type"] == "image" for item in items) == len(row["media"]) == 1
+            media = row["media"][0]
+            with Image.open((world / name).parent / media["path"]) as image:
+                assert image.size == (media["width"], media["height"])
+    assert all(row["media"] == [] for row in read_rows(world / "text.jsonl"))
+
+
+@pytest.mark.parametrize("task", METRICS)
+def test_reference_answers_score_one(world, task):
+    rows = read_rows(world / "eval" / f"{task}.jsonl")
+    answers = [row["messages"][-1]["content"][0]["text"] for row in rows]
+    assert set(score(task, answers, rows).values()) == {1.0}
+
+
+def test_answers_follow_from_the_scene(world):
+    for task in ("position", "count", "color", "presence"):
+        for row in read_rows(world / "eval" / f"{task}.jsonl"):
+            meta, question = row["meta"], row["messages"][0]["content"][1]["text"]
+            asked = next((int(sign) for sign in question if sign.isdigit()), None)
+            place = next((place for place in meta["places"] if f"the {place}," in question), None)
+            expected = {
+                "position": lambda: str(meta["digits"][meta["places"].index(place)]),
+                "count": lambda: str(len(meta["digits"])),
+                "color": lambda: meta["colours"][meta["digits"].index(asked)],
+                "presence": lambda: "yes" if asked in meta["digits"] else "no",
+            }
+            assert meta["answer"] == expected[task](), (question, meta)
+
+
+def test_same_seed_same_files(world, tmp_path):
+    run_recipe(tmp_path / "again", "--seed", "0")
+    run_recipe(tmp_path / "other", "--seed", "1")
+    for name in ("mixture.jsonl", "eval/presence.jsonl", "images/000003.png", "recipe.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (world / name).read_bytes()
+        assert (tmp_path / "other" / name).read_bytes() != (world / name).read_bytes()
+
+
+def test_refuses_a_directory_that_holds_files(world):
+    before = sorted(world.parent.iterdir())
+    done = run_recipe(world, "--seed", "0")
+    assert done.returncode == 2
+    assert "already holds files" in done.stderr
+    assert sorted(world.parent.iterdir()) == before
