@@ -10,7 +10,7 @@ writes (media paths are relative to DIR, also in `eval/`, hence the `../`):
 
     images/*.png           the pictures
     cells.jsonl            what stands in each cell: for an encoder that is trained here
-    text.jsonl             questions about scenes that are written out as text, in lessons from easy to hard: for a language
+    text.jsonl             questions about scenes written out as text, in lessons from easy to hard: for a language
                            model that is trained here
     caption.jsonl          one caption per picture: to align a connector
     mixture.jsonl          captions and questions in several turns: for supervised fine-tuning
@@ -45,11 +45,11 @@ CELL = 16  # pixels; the canvas is 3 x 3 cells
 MAX_DIGITS = 5
 CAPTION_SHARE = 0.25  # of the rows of the mixture
 TURNS = 2  # different questions of a row that is no caption
-LESSONS = (  # of the text rows: how many, and how often each kind of question. One kind at a time breaks the plateau soonest
-    (4000, {"color": 1}),
-    (10000, {"color": 1, "position": 3}),
-    (6000, {"color": 1, "position": 1, "presence": 2, "count": 1}),
-    (12000, {"color": 1, "position": 1, "presence": 1, "count": 1, "caption": 3}),
+LESSONS = (  # of the text rows: how many, fewest digits of a scene, places in its words, how often each question is asked
+    (4000, 3, False, {"color": 1}),  # one kind at a time, and no scene with one digit: a guess must not pay
+    (11200, 3, True, {"color": 1, "position": 3}),
+    (4800, 1, True, {"color": 1, "position": 1, "presence": 2, "count": 2}),
+    (11200, 1, True, {"color": 1, "position": 1, "presence": 1, "count": 1, "caption": 3}),
 )
 EVAL_FRACTION = 0.2  # of the scans of each digit
 QUESTIONS = {
@@ -157,10 +157,10 @@ def group_by_digit(scans: list[int], labels: list[int]) -> list[list[int]]:
 # Scenes and pictures
 
 
-def draw_scene(rng: random.Random, by_digit: list[list[int]]) -> list[dict]:
-    """One to five things in different cells, in reading order. Digits may repeat, but at least one stands alone."""
+def draw_scene(rng: random.Random, by_digit: list[list[int]], *, min_digits: int = 1) -> list[dict]:
+    """Up to five things in different cells, in reading order. Digits may repeat, but at least one stands alone."""
     while True:
-        places = sorted(rng.sample(range(len(PLACES)), rng.randint(1, MAX_DIGITS)))
+        places = sorted(rng.sample(range(len(PLACES)), rng.randint(min_digits, MAX_DIGITS)))
         digits = [rng.randrange(10) for _ in places]
         if single_digits(digits):
             break
@@ -234,12 +234,13 @@ def mixture_row(rng: random.Random, scene: list[dict], image: dict) -> dict:
 def text_rows(rng: random.Random, by_digit: list[list[int]], share: float) -> list[dict]:
     """One question a row, about a scene that is written out where a picture would stand; lesson after lesson."""
     rows = []
-    for count, weights in LESSONS:
+    for count, min_digits, with_places, weights in LESSONS:
         for task in rng.choices(list(weights), weights.values(), k=math.ceil(count * share)):
-            scene = draw_scene(rng, by_digit)
+            scene = draw_scene(rng, by_digit, min_digits=min_digits)
             question, answer = ask(rng, task, scene)
+            text = write_cells(scene, with_places=with_places)
             meta = {"task": task, **describe_scene(scene)}
-            row = make_row("digits/text", [(f"{write_cells(scene)}\n{question}", answer)], None, meta)
+            row = make_row("digits/text", [(f"{text}\n{question}", answer)], None, meta)
             rows.append({**row, "id": f"digits/text/{len(rows):06d}"})
     return rows
 
@@ -296,16 +297,17 @@ def ask(rng: random.Random, task: str, scene: list[dict]) -> tuple[str, str]:
 
 
 def write_caption(scene: list[dict]) -> str:
-    """`There is a red 5 in the top left, a blue 3 in the middle centre and an orange 0 in the bottom right.`"""
+    """A sentence such as: There is a red 5 in the top left and an orange 0 in the bottom right."""
     parts = [f"{with_article(thing['colour'])} {thing['digit']} in the {PLACES[thing['place']]}" for thing in scene]
     return "There is " + " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]])) + "."
 
 
-def write_cells(scene: list[dict]) -> str:
-    """The nine cells in reading order, one word each: `red5 - - - blue3 - - - -`."""
+def write_cells(scene: list[dict], *, with_places: bool) -> str:
+    """The nine cells in reading order, one word each: `TopLeftRed5 - - - MiddleCentreBlue3 - - - -`, or `Red5 - ...`."""
     cells = ["-"] * len(PLACES)
     for thing in scene:
-        cells[thing["place"]] = f"{thing['colour']}{thing['digit']}"
+        words = f"{PLACES[thing['place']] if with_places else ''} {thing['colour']}".title().replace(" ", "")
+        cells[thing["place"]] = f"{words}{thing['digit']}"
     return " ".join(cells)
 
 

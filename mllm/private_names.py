@@ -23,4 +23,8 @@ PRIVATE_NAMES = (
     PrivateName("transformers", "PreTrainedModel._supports_sdpa", "our models hand attention on"),
     PrivateName("transformers", "PreTrainedModel._tied_weights_keys", "the head may be the text embedding"),
     PrivateName("transformers", "ProcessorMixin._get_arguments_from_pretrained", "loads only the parts there are"),
+    PrivateName("transformers", "Trainer._get_output_dir", "checkpoints are written beside their place, then renamed"),
+    PrivateName("transformers", "Trainer._load_from_checkpoint", "a run stopped behind its last step is only loaded"),
+    PrivateName("transformers", "Trainer._save", "weights or adapter, processor and run.json; no pickled arguments"),
+    PrivateName("transformers", "Trainer._save_checkpoint", "a checkpoint gets its name when it is complete"),
 )

@@ -244,9 +244,9 @@ def save_tiny_rows(
         media = []
         for item in range(num_images(number)):
             height, width = (int(side) for side in random.integers(10, 30, 2))
-            path = f"images/{number}-{item}.png"
-            Image.fromarray(random.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(directory / path)
-            media.append({"kind": "image", "path": path, "height": height, "width": width})
+            name = f"images/{number}-{item}.png"
+            Image.fromarray(random.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(directory / name)
+            media.append({"kind": "image", "path": name, "height": height, "width": width})
         question = {"role": "user", "content": [*content, {"type": "text", "text": f"What is number {number}?"}]}
         answer = {"role": "assistant", "content": [{"type": "text", "text": "a red 3" + " and a 7" * (number % 5)}]}
         rows.append({"id": f"row-{number}", "source": "tiny", "messages": [question, answer], "media": media})

@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory to write; it must not exist")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; as trained by default")
     parser.add_argument("--target", help="stock class to export to; the first that can express the model by default")
-    parser.add_argument("--rows", type=Path, help="row file whose questions are compared, too instead of built-in ones")
+    parser.add_argument("--rows", type=Path, help="row file whose questions are compared instead of the built-in ones")
     parser.add_argument("--num_rows", type=int, default=32, help="how many of its rows")
     parser.add_argument("--push_to_hub", metavar="ORG/NAME", help="repository to upload the verified export to")
     parser.add_argument("--private", action="store_true", help="make a new repository private")

@@ -9,7 +9,6 @@ ordinary checkpoints; from then on every program treats them as if they had been
 
 import argparse
 import json
-import math
 import os
 import re
 import time
@@ -29,7 +28,7 @@ GRID = 3  # the canvas is GRID x GRID cells
 PATCH = 16
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "white")
 SPARE_ROWS = 16  # embedding rows that no token uses yet: room for a placeholder
-QUESTIONS_SHARE = 0.65  # of the language model's steps: captions come after
+HELD_OUT = 400  # conversations, the last ones, that the language model is tested on
 IGNORED = -100
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -45,7 +44,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory to write; must be absent or empty")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--encoder_steps", type=int, default=500)
-    parser.add_argument("--llm_steps", type=int, default=1300)
+    parser.add_argument("--llm_steps", type=int, default=1000, help="at most one pass over text.jsonl")
     args = parser.parse_args()
     if not (args.data / "recipe.json").is_file():
         parser.error(f"--data {args.data} holds no recipe.json: run data_recipes/digits.py --out {args.data} first")
@@ -102,7 +101,8 @@ def train_encoder(data: Path, out: Path, steps: int) -> dict:
         digit_loss = cross_entropy(digit_logits, digits[rows].flatten())
         return digit_loss + cross_entropy(colour_logits, colours[rows].flatten(), ignore_index=IGNORED)
 
-    batches = torch.cat([torch.randperm(len(pixels)) for _ in range(128 * steps // len(pixels) + 1)]).split(128)[:steps]
+    epochs = [torch.randperm(len(pixels)) for _ in range(128 * steps // len(pixels) + 1)]
+    batches = torch.cat(epochs).split(128)[:steps]
     parameters = [*encoder.parameters(), *head.parameters()]
     optimise(parameters, (lambda batch=batch: loss(batch) for batch in batches), steps, 2e-3, "encoder")
 
@@ -123,7 +123,7 @@ def train_encoder(data: Path, out: Path, steps: int) -> dict:
 
 
 def read_cells(path: Path, processor: CLIPImageProcessorPil, config: CLIPVisionConfig) -> tuple[torch.Tensor, ...]:
-    """Pixels [N, 3, 48, 48], and for each patch the digit (10: empty) and the colour (IGNORED: empty), [N, patches]."""
+    """Pixels [N, 3, 48, 48], and of each patch, [N, patches], the digit (empty: 10) and colour (empty: IGNORED)."""
     rows = [json.loads(line) for line in path.open(encoding="utf-8")]
     images = [np.asarray(Image.open(path.parent / row["media"][0]["path"])) for row in rows]
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().float()
@@ -146,8 +146,12 @@ def read_cells(path: Path, processor: CLIPImageProcessorPil, config: CLIPVisionC
 def train_llm(data: Path, out: Path, steps: int) -> dict:
     """Train a tokenizer and a Llama on conversations about scenes written out as text, and save both."""
     start = time.perf_counter()
-    phases = [read_chats(data / name) for name in ("text_questions.jsonl", "text.jsonl")]
-    tokenizer = train_tokenizer(message["content"] for chats in phases for chat in chats for message in chat)
+    rows = [json.loads(line) for line in (data / "text.jsonl").open(encoding="utf-8")]
+    chats = [
+        [{"role": message["role"], "content": message["content"][0]["text"]} for message in row["messages"]]
+        for row in rows
+    ]
+    tokenizer = train_tokenizer(message["content"] for chat in chats for message in chat)
     config = LlamaConfig(
         vocab_size=len(tokenizer) + SPARE_ROWS,
         hidden_size=128,
@@ -156,29 +160,30 @@ def train_llm(data: Path, out: Path, steps: int) -> dict:
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},  # conversations are short
         initializer_range=128**-0.5,  # the usual 0.02 is for wide models: here it costs hundreds of steps
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    llm = LlamaForCausalLM(config)
+    llm, held_out = LlamaForCausalLM(config), min(HELD_OUT, len(rows) // 10)
     compose_embeddings(llm, tokenizer)
 
     def loss(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        hidden = llm.model(input_ids=input_ids, use_cache=False).last_hidden_state  # right padding is never attended to
+        # No mask: the padding is on the right, where a causal model never looks.
+        hidden = llm.model(input_ids=input_ids, use_cache=False).last_hidden_state
         wanted = labels[:, 1:] != IGNORED
         return cross_entropy(llm.lm_head(hidden[:, :-1][wanted]), labels[:, 1:][wanted])
 
-    batches, held_out = [], []
-    for chats, share in zip(phases, (QUESTIONS_SHARE, 1 - QUESTIONS_SHARE), strict=True):
-        encoded = tokenizer.apply_chat_template(chats, return_dict=True, return_assistant_tokens_mask=True)
-        rows = to_tensors(encoded["input_ids"], encoded["assistant_masks"], tokenizer.pad_token_id)
-        held_out = [tensor[-400:] for tensor in rows]
-        batches += make_batches([tensor[:-400] for tensor in rows], round(share * steps), batch_size=32)
-    optimise(list(llm.parameters()), (lambda batch=batch: loss(*batch) for batch in batches), len(batches), 2e-3, "llm")
+    encoded = tokenizer.apply_chat_template(chats, return_dict=True, return_assistant_tokens_mask=True)
+    input_ids, labels = to_tensors(encoded["input_ids"], encoded["assistant_masks"], tokenizer.pad_token_id)
+    batches = make_batches(input_ids[:-held_out], labels[:-held_out], batch_size=32)
+    steps = min(steps, len(batches))
+    losses = (lambda batch=batch: loss(*batch) for batch in batches[:steps])
+    optimise(list(llm.parameters()), losses, steps, 2e-3, "llm")
 
     llm.eval()
-    tasks = [json.loads(line)["meta"]["task"] for line in (data / "text.jsonl").open(encoding="utf-8")][-len(held_out[0]) :]
+    tasks = [row["meta"]["task"] for row in rows[-held_out:]]
     llm.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     llm.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -187,54 +192,48 @@ def train_llm(data: Path, out: Path, steps: int) -> dict:
         "seconds": round(time.perf_counter() - start, 1),
         "parameters": sum(p.numel() for p in llm.parameters()),
         "vocabulary": len(tokenizer),
-        "held_out_answers_right": right_answers(llm, *held_out),
+        "held_out_answers_right": {
+            task: right_answers(llm, input_ids, labels, [n - held_out for n, name in enumerate(tasks) if name == task])
+            for task in sorted(set(tasks))
+        },
     }
 
 
-def read_chats(path: Path) -> list[list[dict]]:
-    """The conversations of a text-only row file, contents as strings."""
-    rows = [json.loads(line) for line in path.open(encoding="utf-8")]
-    return [
-        [{"role": message["role"], "content": message["content"][0]["text"]} for message in row["messages"]]
-        for row in rows
-    ]
-
-
 def compose_embeddings(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Let tokens that share a word or a digit start alike: `red5` near `red` plus `5`, with or without a space."""
+    """Let tokens that share a word or a digit start alike: `TopLeftRed5` as `top` + `left` + `red` + `5`."""
     embeddings, scale, words = llm.model.embed_tokens.weight.data, llm.config.initializer_range, {}
     for token in range(len(tokenizer)):
-        parts = re.findall(r"[A-Za-z]+|[0-9]|[^\sA-Za-z0-9]+", tokenizer.decode([token]))
+        parts = re.findall(r"[A-Z]?[a-z]+|[A-Z]+|[0-9]|[^\sA-Za-z0-9]+", tokenizer.decode([token]))
         for part in parts:
             words.setdefault(part.lower(), scale * torch.randn(embeddings.shape[1]))
         if parts:
-            embeddings[token] *= 0.2
+            embeddings[token] *= 0.1
             embeddings[token] += sum(words[part.lower()] for part in parts)
     llm.lm_head.weight.data.copy_(embeddings)
 
 
-def make_batches(rows: list[torch.Tensor], count: int, *, batch_size: int) -> list[tuple[torch.Tensor, ...]]:
-    """Shuffled batches of rows of similar length, cut behind the last label."""
-    input_ids, labels = rows
+def make_batches(input_ids: torch.Tensor, labels: torch.Tensor, *, batch_size: int) -> list[tuple[torch.Tensor, ...]]:
+    """Batches of rows of similar length, cut behind the last label. The order of the lessons is kept."""
     lengths = (labels != IGNORED).float().cumsum(1).argmax(1)
     batches = []
-    while len(batches) < count:
-        for chunk in torch.randperm(len(input_ids)).split(16 * batch_size):
-            batches += chunk[lengths[chunk].argsort()].split(batch_size)
-    batches = [batches[i] for i in torch.randperm(len(batches))[:count].tolist()]
-    return [(input_ids[batch][:, : (width := int(lengths[batch].max()) + 1)], labels[batch][:, :width]) for batch in batches]
+    for chunk in torch.arange(len(input_ids)).split(16 * batch_size):
+        alike = chunk[lengths[chunk].argsort()].split(batch_size)
+        for i in torch.randperm(len(alike)).tolist():
+            width = int(lengths[alike[i]].max()) + 1
+            batches.append((input_ids[alike[i], :width], labels[alike[i], :width]))
+    return batches
 
 
 @torch.no_grad()
-def right_answers(llm: LlamaForCausalLM, input_ids: torch.Tensor, labels: torch.Tensor) -> float:
+def right_answers(llm: LlamaForCausalLM, input_ids: torch.Tensor, labels: torch.Tensor, rows: list[int]) -> float:
     """Share of the conversations whose every answer token is the likeliest one."""
-    predicted = llm(input_ids=input_ids).logits[:, :-1].argmax(-1)
-    is_right = (predicted == labels[:, 1:]) | (labels[:, 1:] == IGNORED)
+    predicted = llm(input_ids=input_ids[rows]).logits[:, :-1].argmax(-1)
+    is_right = (predicted == labels[rows, 1:]) | (labels[rows, 1:] == IGNORED)
     return round(is_right.all(1).float().mean().item(), 4)
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE. Letters and digits may stand in one token, so that a cell such as `red5` becomes one."""
+    """Byte-level BPE. Letters and digits may stand in one token, so that a cell such as `TopLeftRed5` becomes one."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -245,9 +244,10 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     bpe.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=4096, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
+    bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         eos_token="<|im_end|>",
@@ -274,13 +274,12 @@ def to_tensors(ids: list[list[int]], masks: list[list[int]], pad: int) -> tuple[
 
 
 def optimise(parameters: list, losses: Iterable, steps: int, peak_rate: float, name: str) -> None:
-    """AdamW under a linear warm-up and a cosine; `losses` gives one function a step, which returns that step's loss."""
+    """AdamW with warm-up and, in the last third, decay; `losses` has a function a step, which returns the loss."""
     optimizer = torch.optim.AdamW(parameters, lr=peak_rate, betas=(0.9, 0.98), weight_decay=0.05)
-    warm_up = max(1, steps // 15)
+    warm_up, decay = max(1, steps // 20), max(1, steps // 3)
     progress = tqdm(losses, desc=name, unit="step", total=steps)
     for step, loss in enumerate(progress):
-        cosine = 0.51 + 0.49 * math.cos(math.pi * max(0, step - warm_up) / max(1, steps - warm_up))
-        optimizer.param_groups[0]["lr"] = peak_rate * min((step + 1) / warm_up, cosine)
+        optimizer.param_groups[0]["lr"] = peak_rate * min((step + 1) / warm_up, 1, (steps - step) / decay)
         value = loss()
         value.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

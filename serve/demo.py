@@ -10,15 +10,23 @@ from pathlib import Path
 
 import gradio as gr
 
-from mllm.errors import MllmError, RowError, user_errors
+from mllm.errors import MediaError, MllmError, RowError, user_errors
 from mllm.inference import Chat
 from mllm.inference.history import NO_ANSWER, count_images, messages_from_gradio
 
 IMAGE_TYPES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"]
+# Gradio draws HTML that somebody wrote or a model spoke; tags in this list are shown as the text they are.
+TAGS_AS_TEXT = (
+    "a abbr audio b big blockquote body br button center code dd del details div dl dt em font form h1 h2 h3 h4 h5 h6 "
+    "head hr html i iframe image img input ins kbd label li link mark math meta nobr object ol option p picture pre q "
+    "s script section select small source span strike strong style sub summary sup svg table tbody td textarea tfoot "
+    "th thead think title tool_call tr tt u ul unk var video"
+).split()
 HELP = "Add one picture or several with the paper clip, ask about them, and go on asking. The model may be wrong."
 CSS = """
 .gradio-container { max-width: 860px !important; margin: 0 auto !important; }
-.message { white-space: pre-wrap; }
+.gradio-container, .gradio-container textarea { font-family: system-ui, sans-serif !important; }
+.message-content { white-space: pre-wrap; }
 """
 
 logger = logging.getLogger(__name__)
@@ -77,8 +85,10 @@ def build_page(chat: Chat, args: argparse.Namespace, *, uploads: Path) -> gr.Cha
                     yield {"role": "assistant", "content": [{"type": "text", "text": text}]}
             if not text:
                 yield notice("The model had nothing to say. Ask in other words.")
+        except MediaError as error:
+            yield notice(f"This picture cannot be used: {error.found}. Expected: {error.expected}. Try another one.")
         except MllmError as error:
-            yield notice(f"Found {error.found}. Expected {error.expected}. Please {error.do}.")
+            yield notice(f"Found: {error.found}. Expected: {error.expected}. Please {error.do}.")
         except Exception:
             logger.exception("an answer failed")
             yield notice("Something went wrong on the server; its log says more. You can go on asking.")
@@ -89,7 +99,12 @@ def build_page(chat: Chat, args: argparse.Namespace, *, uploads: Path) -> gr.Cha
         title=f"Chat with {Path(args.model).resolve().name}",
         description=HELP,
         chatbot=gr.Chatbot(
-            show_label=False, height="62vh", render_markdown=False, buttons=["copy"], placeholder="### What do you see?"
+            show_label=False,
+            height="62vh",
+            render_markdown=False,
+            allow_tags=TAGS_AS_TEXT,
+            buttons=["copy"],
+            placeholder="### What do you see?",
         ),
         textbox=gr.MultimodalTextbox(
             file_types=IMAGE_TYPES,

@@ -67,15 +67,17 @@ def parse_row(fields: Any, *, where: str, root: Path) -> Row:
     Raises:
         RowError: A key is missing, unknown or of another type, media and placeholders disagree, or nobody answers.
     """
-    _expect(isinstance(fields, dict), where, f"a {type(fields).__name__}", "an object", "write one JSON object a line")
+    if not isinstance(fields, dict):
+        raise _error(where, f"a {type(fields).__name__}", "an object", "write one JSON object a line")
     _check_keys(fields, ROW_KEYS, required=("id", "messages"), where=where)
-    is_id = isinstance(fields["id"], str | int)
-    _expect(is_id, where, f"id = {fields['id']!r:.60}", "a string or a number", "name the row")
+    if not isinstance(fields["id"], str | int):
+        raise _error(where, f"id = {fields['id']!r:.60}", "a string or a number", "name the row")
     where_row = f"{where}, row {fields['id']!r}"
     messages = fields["messages"]
     _check_messages(messages, where_row)
     media = fields.get("media") or []
-    _expect(isinstance(media, list), where_row, f"media = {media!r:.60}", "a list", "list the row's media items")
+    if not isinstance(media, list):
+        raise _error(where_row, f"media = {media!r:.60}", "a list", "list the row's media items")
     items = tuple(_parse_media(item, f"{where_row}, media {n}", root) for n, item in enumerate(media))
     _check_placeholders(messages, items, where_row)
     return Row(
@@ -88,69 +90,82 @@ def parse_row(fields: Any, *, where: str, root: Path) -> Row:
     )
 
 
+# Every row of a data set passes here, twice. So messages are put together only where they are needed.
+
+
 def _check_messages(messages: Any, where: str) -> None:
-    is_list = isinstance(messages, list) and bool(messages)
-    _expect(is_list, where, f"messages = {messages!r:.60}", "a list of at least one message", "add the messages")
+    if not isinstance(messages, list) or not messages:
+        raise _error(where, f"messages = {messages!r:.60}", "a list of at least one message", "add the messages")
+    has_answer = False
     for number, message in enumerate(messages):
-        here = f"{where}, message {number}"
-        is_message = isinstance(message, dict) and "role" in message and "content" in message
-        _expect(is_message, here, f"{message!r:.60}", "an object with `role` and `content`", "mend the message")
-        roles = ", ".join(ROLES)
-        _expect(message["role"] in ROLES, here, f"role = {message['role']!r}", f"one of {roles}", "mend the role")
-        content = message["content"]
-        is_content = isinstance(content, str) or (
-            isinstance(content, list) and all(isinstance(item, dict) and "type" in item for item in content)
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            raise _error(
+                f"{where}, message {number}",
+                f"{message!r:.60}",
+                "an object with `role` and `content`",
+                "mend the message",
+            )
+        role, content = message["role"], message["content"]
+        if role not in ROLES:
+            raise _error(
+                f"{where}, message {number}", f"role = {role!r}", f"one of {', '.join(ROLES)}", "mend the role"
+            )
+        if not isinstance(content, str) and not _is_item_list(content):
+            raise _error(
+                f"{where}, message {number}",
+                f"content = {content!r:.60}",
+                "a string, or a list of objects with `type`",
+                "mend the message",
+            )
+        has_answer |= role == "assistant" and message.get("loss") is not False
+    if not has_answer:
+        raise _error(
+            where, "no message of the assistant to learn from", "at least one that is trained on", "drop the row"
         )
-        _expect(
-            is_content, here, f"content = {content!r:.60}", "a string, or a list of objects with `type`", "mend it"
-        )
-    answers = [message for message in messages if message["role"] == "assistant" and message.get("loss") is not False]
-    _expect(
-        bool(answers),
-        where,
-        "no message of the assistant to learn from",
-        "at least one that is trained on",
-        "drop the row",
-    )
+
+
+def _is_item_list(content: Any) -> bool:
+    return isinstance(content, list) and all(isinstance(item, dict) and "type" in item for item in content)
 
 
 def _parse_media(item: Any, where: str, root: Path) -> MediaItem:
-    _expect(isinstance(item, dict), where, f"{item!r:.60}", "an object", "write kind, path, height and width")
+    if not isinstance(item, dict):
+        raise _error(where, f"{item!r:.60}", "an object", "write kind, path, height and width")
     _check_keys(item, MEDIA_KEYS, required=MEDIA_KEYS, where=where)
-    kinds = ", ".join(MEDIA_KINDS)
-    _expect(item["kind"] in MEDIA_KINDS, where, f"kind = {item['kind']!r}", f"one of {kinds}", "mend the kind")
-    is_path = isinstance(item["path"], str) and bool(item["path"])
-    _expect(
-        is_path, where, f"path = {item['path']!r:.60}", "a file name", "write the image's path, relative to the file"
-    )
-    size = (item["height"], item["width"])
-    is_size = all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in size)
-    _expect(
-        is_size, where, f"height, width = {size}", "two positive whole numbers", "write the image's size in pixels"
-    )
-    return MediaItem(kind=item["kind"], path=root / item["path"], height=item["height"], width=item["width"])
+    kind, path, height, width = (item[key] for key in MEDIA_KEYS)
+    if kind not in MEDIA_KINDS:
+        raise _error(where, f"kind = {kind!r}", f"one of {', '.join(MEDIA_KINDS)}", "mend the kind")
+    if not isinstance(path, str) or not path:
+        raise _error(where, f"path = {path!r:.60}", "a file name", "write the image's path, relative to the row file")
+    if not (type(height) is int and type(width) is int and height > 0 and width > 0):  # a bool is an int, too
+        raise _error(
+            where,
+            f"height, width = {(height, width)}",
+            "two positive whole numbers",
+            "write the image's size in pixels",
+        )
+    return MediaItem(kind=kind, path=root / path, height=height, width=width)
 
 
 def _check_placeholders(messages: list[dict[str, Any]], media: Sequence[MediaItem], where: str) -> None:
     contents = [message["content"] for message in messages if isinstance(message["content"], list)]
-    wanted = [item["type"] for content in contents for item in content if item.get("type") in MEDIA_KINDS]
+    wanted = [item["type"] for content in contents for item in content if item["type"] in MEDIA_KINDS]
     found = [item.kind for item in media]
-    _expect(
-        wanted == found,
-        where,
-        f"{len(wanted)} media content items {wanted[:4]} and {len(found)} media {found[:4]}",
-        "one media item for each media content item, in the same order",
-        "add the missing media item, or the missing content item such as {'type': 'image'}",
-    )
+    if wanted != found:
+        raise _error(
+            where,
+            f"{len(wanted)} media content items {wanted[:4]} and {len(found)} media {found[:4]}",
+            "one media item for each media content item, in the same order",
+            "add the missing media item, or the missing content item such as {'type': 'image'}",
+        )
 
 
 def _check_keys(fields: dict, known: Sequence[str], *, required: Sequence[str], where: str) -> None:
-    missing = [key for key in required if key not in fields]
-    _expect(not missing, where, f"no key {missing}", f"the keys {', '.join(required)}", "add the key")
-    unknown = [key for key in fields if key not in known]
-    _expect(not unknown, where, f"unknown keys {unknown}", f"only {', '.join(known)}", "put other facts into `meta`")
+    if missing := [key for key in required if key not in fields]:
+        raise _error(where, f"no key {missing}", f"the keys {', '.join(required)}", "add the key")
+    if unknown := [key for key in fields if key not in known]:
+        raise _error(where, f"unknown keys {unknown}", f"only {', '.join(known)}", "put other facts into `meta`")
 
 
-def _expect(is_met: bool, where: str, found: str, expected: str, do: str) -> None:
-    if not is_met:
-        raise RowError(f"{where}: {found}", expected=expected, do=do)
+def _error(where: str, found: str, expected: str, do: str) -> RowError:
+    return RowError(f"{where}: {found}", expected=expected, do=do)

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from mllm.checkpoints import read_complete
+from mllm.export.probes import FOLDER
 from mllm.export.report import CARD, ExportReport
 from mllm.load import ADAPTER_CONFIG, base_model_path
 
@@ -49,7 +50,8 @@ As with every processor of this kind, a literal `<image>` inside a user's text i
 ## Checked before it was written
 
 The directory was loaded by transformers {transformers} in a fresh process without mllm, on the CPU, and compared with
-the model it was made from on {num_probes} conversations (`probes/`): {comparison}.
+the model it was made from on {num_probes} conversations {probes}:
+{comparison}.
 
 Pixel values are those of the PIL image processor (`backend="pil"`), which transformers takes where torchvision is not
 installed; torchvision's resizing rounds slightly differently.
@@ -74,6 +76,7 @@ def write_card(directory: Path, model_dir: Path, report: ExportReport, *, title:
         transformers=report.versions["transformers"],
         num_probes=report.num_probes,
         comparison=_comparison(report),
+        probes=f"(`{FOLDER}/`)" if (directory / FOLDER).is_dir() else "of its user's, which are not kept here",
     )
     header = yaml.safe_dump(_metadata(parts), sort_keys=False)
     (directory / CARD).write_text(f"---\n{header}---\n\n{body}", encoding="utf-8")
@@ -92,7 +95,7 @@ def read_parts(model_dir: Path) -> dict[str, str]:
 
 
 def read_sources(model_dir: Path) -> list[dict[str, Any]]:
-    """The data sources of every stage the model went through, last stage first."""
+    """The row files of every stage the model went through, last stage first, as `run.json` records them."""
     return [source for directory in _ancestry(model_dir) for source in _read_run(directory).get("data", [])]
 
 
@@ -102,7 +105,7 @@ def _ancestry(model_dir: Path) -> list[Path]:
     current: Path | None = model_dir
     while current is not None and current.is_dir() and current.resolve() not in found:
         found.append(current.resolve())
-        parent = _read_run(current).get("model")
+        parent = _read_run(current).get("model", {}).get("path")
         if (current / ADAPTER_CONFIG).is_file():
             current = base_model_path(current)
         else:
@@ -134,17 +137,15 @@ def _composition(parts: dict[str, str], report: ExportReport) -> str:
 def _data(sources: list[dict[str, Any]]) -> str:
     if not sources:
         return "Not recorded. Licences of the parts above and of the data apply."
-    fields = ("source", "revision", "licence")
-    rows = [
-        "| " + " | ".join(str(source.get(field) or "not recorded") for field in fields) + " |" for source in sources
-    ]
-    table = "\n".join(["| source | revision | licence |", "|---|---|---|", *dict.fromkeys(rows)])
-    return f"{table}\n\nThese licences and those of the parts above apply."
+    rows = [f"| {Path(file['path']).name} | {file['rows']:,} | {file['sha256'][:12]} |" for file in sources]
+    table = "\n".join(["| rows from | rows | SHA-256 begins |", "|---|---|---|", *dict.fromkeys(rows)])
+    return f"{table}\n\nThe licences of these data and of the parts above apply."
 
 
 def _comparison(report: ExportReport) -> str:
     facts = [
-        "prompt ids, pixel values and greedy continuations are equal",
+        "prompt ids and pixel values are equal",
+        "greedy continuations are equal" + ("" if report.same_tokens else " up to ties of the two best tokens"),
         f"logits differ by at most {report.max_abs_diff:.3g} in {report.dtype} (allowed: {report.tolerance:.3g})",
     ]
     if report.merge_max_abs_diff is not None:

@@ -106,7 +106,7 @@ def _rename(key: str, renames: tuple[tuple[str, str], ...]) -> str:
     )
 
 
-# --- LlavaForConditionalGeneration ------------------------------------------------------------------------------------
+# --- LlavaForConditionalGeneration ---------------------------------------------------------------------------------
 # https://github.com/huggingface/transformers/blob/main/src/transformers/models/llava/modeling_llava.py
 # Encoder of fixed square resolution -> hidden_states[k], first token dropped or not -> linear, activation, linear with
 # the text width inside -> decoder -> a head that is one matrix.

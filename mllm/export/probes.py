@@ -1,6 +1,7 @@
 """Probes: short conversations that a composed model and its export must answer alike."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mllm.data.rows import RowFile, RowSource
+from mllm.data.schema import Row
+from mllm.errors import OptionError
+from mllm.export.stock_process import continue_greedily
 from mllm.processing import MllmProcessor
+from mllm.processing.images import decode_image
 
 LOGIT_POSITIONS = 32
 """Logits are compared at this many last positions: they attend to all that comes before, at a bounded size."""
-NEW_TOKENS = 16
-"""Length of the greedy continuations that are compared."""
+NEW_TOKENS = 64
+"""Length of the greedy continuations that are compared, unless they end before: a short caption to its end."""
 FOLDER = "probes"
 
 
@@ -35,24 +41,37 @@ class Probe:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one probe became on its way through a processor and a model."""
+    """What one probe became on its way through a processor and a model.
+
+    Args:
+        input_ids: The prompt.
+        pixel_values: Its images, [N, 3, H, W].
+        logits: At the prompt's last positions, [K, vocabulary].
+        greedy_ids: The continuation, its end token included.
+        margins: By how much each of `greedy_ids` was the best token.
+        greedy_text: The continuation without control tokens.
+    """
 
     input_ids: list[int]
     pixel_values: Tensor | None
     logits: Tensor
     greedy_ids: list[int]
+    margins: list[float]
     greedy_text: str
 
 
-def synthetic_probes(side: int) -> list[Probe]:
-    """Probes without any data at hand: no image, one, two, and one that is not square.
+def synthetic_probes(side: int | None) -> list[Probe]:
+    """Probes without any data at hand: no image, one, two, and one that is not square; the first alone without `side`.
 
     A literal "<image>" in a user's text is left out on purpose: stock processors take it for an image's placeholder
     (a typical report: https://github.com/hiyouga/LLaMA-Factory/issues/5658); ours do not.
     """
+    text_only = Probe("text only", [_user("What is two plus two?")], [])
+    if side is None:
+        return [text_only]
     square, wide, tall = (_picture(*size) for size in ((side, side), (side, 2 * side), (side + side // 2, side)))
     return [
-        Probe("text only", [_user("What is two plus two?")], []),
+        text_only,
         Probe("one image", [_user(None, "Describe the picture.")], [square]),
         Probe("two images", [_user(None, "Compare it with", None, "please.")], [square, tall]),
         Probe(
@@ -63,9 +82,40 @@ def synthetic_probes(side: int) -> list[Probe]:
     ]
 
 
+def probes_from_rows(path: str | Path, *, limit: int) -> list[Probe]:
+    """Probes out of the first rows of a row file: each a conversation up to its last answer, which is left out.
+
+    Stock processors read a control token in somebody's words as one, ours do not: such a row will be found to differ.
+
+    Args:
+        path: A JSONL file of rows, as recipes write them.
+        limit: How many rows.
+
+    Raises:
+        OptionError: There is no such file, or nothing in it.
+        RowError: A row is malformed, or a picture cannot be read.
+    """
+    if limit < 1:
+        raise OptionError(f"{limit} rows to compare", expected="at least one", do="ask for more rows")
+    file = RowFile(RowSource(Path(path), first=limit))
+    return [_probe(file[number]) for number in range(len(file))]
+
+
 def answer_probes(model: nn.Module, processor: MllmProcessor, probes: list[Probe]) -> list[Answer]:
     """Answer every probe with our own processor and model, the way training and chat use them."""
-    return [_answer(model, processor, probe) for probe in probes]
+    inputs = [probe_inputs(processor, probe) for probe in probes]
+    continuations = continue_greedily(model, inputs, NEW_TOKENS)
+    return [
+        Answer(
+            input_ids=one["input_ids"][0].tolist(),
+            pixel_values=one.get("pixel_values"),
+            logits=probe_logits(model, one),
+            greedy_ids=ids.tolist(),
+            margins=margins.tolist(),
+            greedy_text=processor.tokenizer.decode(ids, skip_special_tokens=True),
+        )
+        for one, (ids, margins) in zip(inputs, continuations, strict=True)
+    ]
 
 
 def probe_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -100,17 +150,33 @@ def store_probes(directory: Path, probes: list[Probe], answers: list[Answer]) ->
     (folder / "probes.json").write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _answer(model: nn.Module, processor: MllmProcessor, probe: Probe) -> Answer:
-    inputs = probe_inputs(processor, probe)
-    with torch.no_grad():
-        ids = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)[0, inputs["input_ids"].shape[1] :]
-    return Answer(
-        input_ids=inputs["input_ids"][0].tolist(),
-        pixel_values=inputs.get("pixel_values"),
-        logits=probe_logits(model, inputs),
-        greedy_ids=ids.tolist(),
-        greedy_text=processor.tokenizer.decode(ids, skip_special_tokens=True),
-    )
+def remove_probes(directory: Path) -> None:
+    """Take stored probes away again."""
+    shutil.rmtree(directory / FOLDER)
+
+
+def _probe(row: Row) -> Probe:
+    messages = _prompt(row.messages)
+    num_images = sum(item["type"] == "image" for message in messages for item in message["content"])
+    images = [decode_image(media.path, where=row.name) for media in row.media[:num_images]]
+    return Probe(row.id, messages, images)
+
+
+def _prompt(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row's messages before its last answer, every content a list, without training's own keys (`loss`)."""
+    last = max(number for number, message in enumerate(messages) if message["role"] == "assistant")
+    return [
+        {"role": message["role"], "content": [_item(item) for item in _as_items(message["content"])]}
+        for message in messages[:last]
+    ]
+
+
+def _as_items(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _item(item: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "text", "text": item["text"]} if item["type"] == "text" else {"type": item["type"]}
 
 
 def _user(*items: str | None) -> dict[str, Any]:

@@ -28,12 +28,13 @@ class ExportReport:
         num_probes: Conversations compared in a fresh process.
         max_abs_diff: Largest difference of logits between the export and the model in the export's type.
         tolerance: What `max_abs_diff` was held to; 0 in float32.
-        same_tokens: Whether prompt ids and greedy continuations were equal on every probe.
+        same_tokens: Whether prompt ids and greedy continuations were equal on every probe. Always so in float32; in a
+            short type, a continuation may part where the two best tokens are as good as equal.
         merge_max_abs_diff: Largest difference of logits between the adapter and the merged model, both in float32;
             None without an adapter.
         rounding_max_abs_diff: Largest difference of logits made by rounding to `dtype`; None where nothing was.
         versions: Of the libraries it was written and verified with.
-        files: Size in bytes and SHA-256 of every file but this report, `complete.json` and the card, which may be edited.
+        files: Size in bytes and SHA-256 of every file but report, `complete.json` and card, which may be edited.
         seconds: Wall-clock time of the export, its verification included.
     """
 

@@ -3,20 +3,22 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
 from mllm.errors import OptionError
 from mllm.inference.generation import StopWhenSet, TokenQueue, eval_mode, generation_config, is_end, without_end
-from mllm.inference.prompt import Messages, encode_prompt, model_inputs, room_for_answer
+from mllm.inference.prompt import Messages, Prompt, encode_prompt, model_inputs, room_for_answer
 from mllm.inference.text_stream import TextStream, decode_answer
 from mllm.load import load_model, load_processor
 from mllm.processing import MllmProcessor
 
-Pruner = Callable[[PreTrainedModel], AbstractContextManager]
+Pruner = Callable[[PreTrainedModel | PeftModel], AbstractContextManager]
 
 
 class Chat:
@@ -43,7 +45,7 @@ class Chat:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | PeftModel,
         processor: MllmProcessor,
         *,
         max_new_tokens: int = 256,
@@ -141,7 +143,7 @@ class Chat:
 
 
 def generate_answers(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     processor: MllmProcessor,
     conversations: list[Messages],
     *,
@@ -168,15 +170,10 @@ def generate_answers(
     if batch_size < 1:
         raise OptionError(f"batch_size = {batch_size}", expected="1 or more", do="set `batch_size` higher")
     prompts = [encode_prompt(processor, conversation) for conversation in conversations]
-    # One budget for all: a row's answer must not end earlier because of its neighbours in the batch.
-    room = min(
-        (room_for_answer(model, prompt, max_new_tokens=max_new_tokens) for prompt in prompts), default=max_new_tokens
-    )
-    config = generation_config(model, max_new_tokens=room, temperature=0.0)
-    longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].input_ids))
+    rooms = [room_for_answer(model, prompt, max_new_tokens=max_new_tokens) for prompt in prompts]
     answers = [""] * len(prompts)
-    for start in range(0, len(prompts), batch_size):
-        batch = longest_first[start : start + batch_size]
+    for batch in _batches(prompts, rooms, batch_size=batch_size):
+        config = generation_config(model, max_new_tokens=rooms[batch[0]], temperature=0.0)
         inputs = model_inputs(processor, [prompts[index] for index in batch], device=model.device)
         with eval_mode(model):
             generated = model.generate(**inputs, generation_config=config)
@@ -185,3 +182,14 @@ def generate_answers(
         if progress:
             progress(len(batch))
     return answers
+
+
+def _batches(prompts: list[Prompt], rooms: list[int], *, batch_size: int) -> Iterator[list[int]]:
+    """Indices of prompts of like length, longest first, with the same room for an answer.
+
+    No answer may end earlier because of its neighbours in the batch.
+    """
+    longest_first = sorted(range(len(prompts)), key=lambda index: (rooms[index], -len(prompts[index].input_ids)))
+    for _, group in groupby(longest_first, key=lambda index: rooms[index]):
+        indices = list(group)
+        yield from (indices[start : start + batch_size] for start in range(0, len(indices), batch_size))

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from mllm.errors import OptionError
 
 
-def generation_config(model: PreTrainedModel, *, max_new_tokens: int, temperature: float) -> GenerationConfig:
+def generation_config(model: PreTrainedModel | PeftModel, *, max_new_tokens: int, temperature: float) -> GenerationConfig:
     """The model's own settings (ends of turn, tokens never to be spoken), with this length and this temperature.
 
     Args:
@@ -45,7 +46,7 @@ def is_end(token_id: int, config: GenerationConfig) -> bool:
 
 
 @contextmanager
-def eval_mode(model: PreTrainedModel) -> Iterator[None]:
+def eval_mode(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """Without dropout inside; training mode is put back afterwards."""
     was_training = model.training
     model.eval()

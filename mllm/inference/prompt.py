@@ -5,17 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from peft import PeftModel
+from PIL import Image
 from transformers import PreTrainedModel
 
 from mllm.errors import MediaError, RowError
 from mllm.processing import MllmProcessor
-from mllm.processing.images import decode_image, image_size
+from mllm.processing.images import ImageSource, decode_image, image_size
+from mllm.processing.messages import plain_messages
 
 Messages = list[dict[str, Any]]
-"""[{"role": str, "content": [{"type": "text", "text": str} | {"type": "image", "image": PIL image, path or bytes}]}]"""
+"""[{"role": str, "content": str | list of {"type": "text", "text": str} and {"type": "image", "image": ImageSource}}]
 
-ImageSource = Image.Image | str | Path | bytes
+An `ImageSource` is a PIL image, a file's path or its bytes.
+"""
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,10 @@ def encode_prompt(processor: MllmProcessor, messages: Messages) -> Prompt:
         MediaError: An image is missing, or its header cannot be read.
         RowError: The messages are malformed.
     """
-    images = [item.get("image") for message in messages for item in message["content"] if item["type"] == "image"]
+    plain_messages(messages, where="the conversation")  # before anything is looked up in them
+    images = [item.get("image") for message in messages for item in _image_items(message)]
     sizes = [_size(image, where=_name(number)) for number, image in enumerate(images, start=1)]
-    encoded = processor.encode_chat(_without_images(messages), media_sizes=sizes, add_generation_prompt=True)
+    encoded = processor.encode_chat(messages, media_sizes=sizes, add_generation_prompt=True)
     return Prompt(input_ids=encoded.input_ids, images=images)
 
 
@@ -58,13 +62,15 @@ def model_inputs(processor: MllmProcessor, prompts: list[Prompt], *, device: tor
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
-def room_for_answer(model: PreTrainedModel, prompt: Prompt, *, max_new_tokens: int) -> int:
+def room_for_answer(model: PreTrainedModel | PeftModel, prompt: Prompt, *, max_new_tokens: int) -> int:
     """How many tokens may follow the prompt: `max_new_tokens`, or what the model's context length leaves of them.
 
     Raises:
         RowError: Nothing may.
     """
-    limit = model.config.get_text_config().max_position_embeddings
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:  # Mamba, Bloom
+        return max_new_tokens
     found = len(prompt.input_ids)
     if found >= limit:
         raise RowError(
@@ -86,32 +92,20 @@ def _name(number: int) -> str:
 
 
 def _decoded(prompt: Prompt) -> list[Image.Image]:
-    return [_decode(image, where=_name(number)) for number, image in enumerate(prompt.images, start=1)]
+    return [decode_image(image, where=_name(number)) for number, image in enumerate(prompt.images, start=1)]
 
 
-def _size(source: ImageSource | None, *, where: str) -> tuple[int, int]:
+def _image_items(message: dict[str, Any]) -> list[dict[str, Any]]:
+    content = message["content"]
+    return [] if isinstance(content, str) else [item for item in content if item["type"] == "image"]
+
+
+def _size(source: Any, *, where: str) -> tuple[int, int]:
     """Height and width of an image as it will be decoded."""
-    if isinstance(source, Image.Image):
-        upright = _decode(source, where=where)
-        return upright.height, upright.width
-    if isinstance(source, str | Path | bytes):
+    if isinstance(source, ImageSource):
         return image_size(source, where=where)
     raise MediaError(
         f"{where} given as {type(source).__name__}",
         expected="a PIL image, a path or bytes under the key `image`",
         do='write the item as {"type": "image", "image": ...}',
     )
-
-
-def _decode(source: ImageSource, *, where: str) -> Image.Image:
-    if isinstance(source, Image.Image):
-        return ImageOps.exif_transpose(source).convert("RGB")
-    return decode_image(source, where=where)
-
-
-def _without_images(messages: Messages) -> Messages:
-    """The same messages with bare image items, as rows hold them."""
-    return [
-        {**message, "content": [{"type": "image"} if item["type"] == "image" else item for item in message["content"]]}
-        for message in messages
-    ]

@@ -109,7 +109,7 @@ def load_encoder(path: str, *, feature_layer: int) -> tuple[PreTrainedModel, int
         config = getattr(config, family.sub_config)
     for name, value in family.overrides.items():
         setattr(config, name, value)
-    config.num_hidden_layers = _layers_needed(config.num_hidden_layers, feature_layer, path)
+    config = _with_layers(config, _layers_needed(config.num_hidden_layers, feature_layer, path))
     with _without_load_report():
         encoder, loaded = AutoModel.from_pretrained(path, config=config, output_loading_info=True)
     _check_keys(loaded, family, config.num_hidden_layers, path)
@@ -137,6 +137,13 @@ def _layers_needed(num_layers: int, feature_layer: int, path: str) -> int:
             do="set `feature_layer` to one of them; -2 is LLaVA-1.5's, -1 the last layer",
         )
     return index
+
+
+def _with_layers(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
+    """The same configuration with fewer layers; what backbones (DINO) derive from their number is derived anew."""
+    derived = ("stage_names", "out_features", "out_indices")
+    fields = {name: value for name, value in config.to_dict().items() if name not in derived}
+    return type(config).from_dict({**fields, "num_hidden_layers": num_layers})
 
 
 def _check_keys(loaded: dict, family: EncoderFamily, num_layers: int, path: str) -> None:

@@ -44,16 +44,6 @@ def test_a_moved_run_still_finds_its_base(train, tmp_path):
     assert torch.equal(load_model(tmp_path / "elsewhere" / "moved" / "final").eval()(**inputs).logits, before)
 
 
-def test_a_full_run_is_saved_as_it_was_trained(train, tmp_path, assembled):
-    parts = {"image.connector": "full", "text": "full"}
-    run = train(tmp_path / "run", parts=parts, save_strategy="steps", save_steps=4)
-    checkpoint, final = (load_model(run / name) for name in ("checkpoint-4", "final"))
-    assert all(torch.equal(one, other) for one, other in zip(checkpoint.parameters(), final.parameters(), strict=True))
-    before = load_model(assembled).generation_config
-    assert final.generation_config.to_diff_dict() == before.to_diff_dict()
-    assert final.generation_config.suppress_tokens
-
-
 def _inputs(checkpoint, directory) -> dict[str, torch.Tensor]:
     """A prompt about one image."""
     row = Rows([RowSource(save_tiny_rows(directory / "prompt", 2))])[1]

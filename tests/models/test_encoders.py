@@ -91,3 +91,14 @@ def test_checkpoint_with_a_missing_tensor(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CompositionError, match="pre_layrnorm.weight"):
         load_encoder(str(tmp_path), feature_layer=-1)
+
+
+@pytest.mark.parametrize("family", sorted(PREFIX))
+def test_shortened_encoder_has_a_configuration_that_can_be_read_again(tmp_path, family):
+    """A backbone's names its stages, one a layer; stale names are refused by transformers."""
+    _save(family, tmp_path / "whole")
+    encoder, _ = load_encoder(str(tmp_path / "whole"), feature_layer=-2)
+    encoder.config.save_pretrained(tmp_path / "short")
+    again = AutoConfig.from_pretrained(tmp_path / "short")
+    assert type(again) is type(encoder.config)
+    assert again.num_hidden_layers == 2

@@ -41,28 +41,21 @@ def test_nothing_is_pickled_but_the_state_of_the_run(straight):
     assert others == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
 
 
-def _kill_before_completion(*args, **kwargs) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def test_killed_in_the_middle_of_the_weights_goes_on_from_the_checkpoint_before(
+    train, straight, tmp_path, monkeypatch
+):
+    """The other moments of a save: tests/laws/test_killed_while_saving.py."""
 
+    def write_half(directory: Path, *args, **kwargs) -> None:
+        if directory.name != "checkpoint-4":
+            return real(directory, *args, **kwargs)
+        (directory / "adapter_model.safetensors").write_bytes(b"half of i")
+        os.kill(os.getpid(), signal.SIGKILL)
 
-def _kill_in_the_middle_of_the_weights(directory: Path, *args, **kwargs) -> None:
-    (directory / "adapter_model.safetensors").write_bytes(b"half of i")
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.parametrize(
-    ("name", "kill"),
-    [("mark_complete", _kill_before_completion), ("write_weights", _kill_in_the_middle_of_the_weights)],
-)
-def test_killed_while_saving_goes_on_from_the_checkpoint_before(train, straight, tmp_path, monkeypatch, name, kill):
-    real = getattr(trainer_module, name)
-
-    def kill_the_second(directory: Path, *args, **kwargs):
-        return (kill if directory.name == "checkpoint-4" else real)(directory, *args, **kwargs)
-
+    real = trainer_module.write_weights
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module, name, kill_the_second)
+        patch.setattr(trainer_module, "write_weights", write_half)
         assert _run_in_a_fork(train, out) == -signal.SIGKILL
     assert (out / "checkpoint-4.partial").is_dir()
     assert latest_checkpoint(out) == out / "checkpoint-2"

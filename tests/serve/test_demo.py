@@ -1,0 +1,140 @@
+"""The chat page in a headless browser, over a real server process."""
+
+import contextlib
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def server(assembled, tmp_path_factory):
+    """The address of a page over the tiny model."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    command = [sys.executable, "serve/demo.py", "--model", assembled, "--port", str(port)]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, "--max_new_tokens", "48", "--max_upload_mb", "1"], cwd=ROOT, stdout=output, stderr=output
+        )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        _wait_for(address, process, log)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def page(server, chromium):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1100, "height": 850})
+        page.set_default_timeout(60_000)
+        page.goto(server)
+        page.locator("textarea").first.wait_for()
+        yield page
+        browser.close()
+
+
+def _picture(path: Path, side: int) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.mark.browser
+def test_a_conversation_about_a_picture(page, tmp_path):
+    _upload(page, _picture(tmp_path / "scene.png", 64))
+    answer = _ask(page, "What is in the picture?")
+    texts = set()
+    while page.locator("button.stop-button").count() and len(texts) < 3:
+        texts.add(answer.inner_text())
+    assert answer.inner_text().strip()
+    assert page.get_by_test_id("user").locator("img").count() == 1
+    _rest(page)
+    first = answer.inner_text()
+    assert _ask(page, "And now?").inner_text()
+    _rest(page)
+    assert page.get_by_test_id("bot").first.inner_text() == first
+
+
+@pytest.mark.browser
+def test_a_literal_placeholder_is_text(page):
+    _ask(page, "a literal <image> and <b>bold</b> here")
+    _rest(page)
+    assert "a literal <image> and <b>bold</b> here" in page.get_by_test_id("user").last.inner_text()
+    assert not page.get_by_text("No answer").count()
+
+
+@pytest.mark.browser
+def test_a_corrupt_picture_gets_a_notice(page, tmp_path):
+    whole = _picture(tmp_path / "scene.png", 64).read_bytes()
+    (tmp_path / "bad.png").write_bytes(whole[: len(whole) // 2])
+    _upload(page, tmp_path / "bad.png")
+    _ask(page, "What is this?")
+    page.get_by_text("damaged or truncated PNG").wait_for()
+    _rest(page)
+    notices = page.get_by_text("This picture cannot be used").count()
+    _ask(page, "Never mind.")  # the bad picture is not part of the conversation
+    _rest(page)
+    assert page.get_by_text("This picture cannot be used").count() == notices == 1
+
+
+@pytest.mark.browser
+def test_an_oversized_file_is_refused(page, tmp_path):
+    page.locator("input[type=file]").first.set_input_files(_picture(tmp_path / "large.png", 800))
+    page.get_by_text("exceed").first.wait_for()
+    assert _ask(page, "Still there?").inner_text()
+    _rest(page)
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    command = [sys.executable, "serve/demo.py", "--model", tmp_path]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2
+    assert "holds no finished checkpoint" in run.stderr and "Traceback" not in run.stderr
+
+
+def _wait_for(address: str, process: subprocess.Popen, log: Path) -> None:
+    for _ in range(1200):
+        assert process.poll() is None, log.read_text()
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(address, timeout=5).close()
+            return
+        time.sleep(0.1)
+    raise TimeoutError(log.read_text())
+
+
+def _upload(page, path: Path) -> None:
+    page.locator("input[type=file]").first.set_input_files(path)
+    page.locator(".thumbnail-item, .thumbnail-image").first.wait_for()
+
+
+def _ask(page, words: str):
+    """Send a message and wait for the first words of the answer."""
+    known = page.get_by_test_id("bot").count()
+    box = page.locator("textarea").first
+    box.fill(words)
+    box.press("Enter")
+    answer = page.get_by_test_id("bot").nth(known)
+    answer.wait_for()
+    return answer
+
+
+def _rest(page) -> None:
+    """Wait until nothing is being generated: only a finished answer can be retried."""
+    page.get_by_label("Retry").last.wait_for()
