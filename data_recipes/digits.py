@@ -46,10 +46,10 @@ MAX_DIGITS = 5
 CAPTION_SHARE = 0.25  # of the rows of the mixture
 TURNS = 2  # different questions of a row that is no caption
 LESSONS = (  # of the text rows: how many, fewest digits of a scene, places in its words, how often each question is asked
-    (4000, 3, False, {"color": 1}),  # one kind at a time, and no scene with one digit: a guess must not pay
-    (11200, 3, True, {"color": 1, "position": 3}),
-    (4800, 1, True, {"color": 1, "position": 1, "presence": 2, "count": 2}),
-    (11200, 1, True, {"color": 1, "position": 1, "presence": 1, "count": 1, "caption": 3}),
+    (4800, 3, False, {"color": 1}),  # one kind at a time, and no scene with one digit: a guess must not pay
+    (19200, 3, True, {"color": 1, "position": 4}),
+    (9600, 1, True, {"color": 1, "position": 2, "presence": 1, "count": 2}),
+    (25600, 1, True, {"color": 1, "position": 2, "presence": 1, "count": 1, "caption": 2}),
 )
 EVAL_FRACTION = 0.2  # of the scans of each digit
 QUESTIONS = {

@@ -3,8 +3,8 @@
     python scripts/export.py runs/quickstart/run/sft/final --out export
     python scripts/export.py runs/quickstart/run/sft/final --out export --push_to_hub ORG/NAME
 
-An adapter is merged. The directory is reloaded in a fresh process with transformers alone, and gets its name only if ids,
-pixels, logits and greedy answers are those of the model. Then
+An adapter is merged. The directory is reloaded in a fresh process with transformers alone, and gets its name only if
+ids, pixels, logits and greedy answers are those of the model. Then
 
     AutoModelForImageTextToText.from_pretrained("export")
 

@@ -43,8 +43,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="directory written by data_recipes/digits.py")
     parser.add_argument("--out", type=Path, required=True, help="directory to write; must be absent or empty")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--encoder_steps", type=int, default=500)
-    parser.add_argument("--llm_steps", type=int, default=1000, help="at most one pass over text.jsonl")
+    parser.add_argument("--encoder_steps", type=int, default=300)
+    parser.add_argument("--llm_steps", type=int, default=2000, help="at most one pass over text.jsonl")
     args = parser.parse_args()
     if not (args.data / "recipe.json").is_file():
         parser.error(f"--data {args.data} holds no recipe.json: run data_recipes/digits.py --out {args.data} first")

@@ -1,4 +1,4 @@
-"""Chat with a model in the browser: python serve/demo.py --model DIR"""
+"""Chat with a model in the browser: python serve/demo.py --model DIR."""
 
 import argparse
 import contextlib
@@ -16,7 +16,7 @@ from mllm.inference.history import NO_ANSWER, count_images, messages_from_gradio
 
 IMAGE_TYPES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"]
 # Gradio draws HTML that somebody wrote or a model spoke; tags in this list are shown as the text they are.
-TAGS_AS_TEXT = (
+TAGS_AS_TEXT = (  # noqa: SIM905 - readable as words
     "a abbr audio b big blockquote body br button center code dd del details div dl dt em font form h1 h2 h3 h4 h5 h6 "
     "head hr html i iframe image img input ins kbd label li link mark math meta nobr object ol option p picture pre q "
     "s script section select small source span strike strong style sub summary sup svg table tbody td textarea tfoot "

@@ -31,8 +31,8 @@ class Chat:
 
     Example:
         chat = Chat.from_pretrained("runs/quickstart/model")
-        question = {"role": "user", "content": [{"type": "image", "image": "scene.png"}, {"type": "text", "text": "?"}]}
-        for piece in chat.stream([question]):
+        content = [{"type": "image", "image": "scene.png"}, {"type": "text", "text": "What is this?"}]
+        for piece in chat.stream([{"role": "user", "content": content}]):
             print(piece, end="", flush=True)
 
     Args:

@@ -13,7 +13,9 @@ from transformers.generation.streamers import BaseStreamer
 from mllm.errors import OptionError
 
 
-def generation_config(model: PreTrainedModel | PeftModel, *, max_new_tokens: int, temperature: float) -> GenerationConfig:
+def generation_config(
+    model: PreTrainedModel | PeftModel, *, max_new_tokens: int, temperature: float
+) -> GenerationConfig:
     """The model's own settings (ends of turn, tokens never to be spoken), with this length and this temperature.
 
     Args:

@@ -12,12 +12,13 @@ NO_ANSWER = "No answer"
 def messages_from_gradio(message: dict[str, Any], history: list[dict[str, Any]], *, folder: Path) -> list[dict]:
     """Turn the page's history and the user's new message into messages for `Chat`.
 
-    A user's turn that got no answer (stopped at once, or refused with a notice titled `NO_ANSWER`) is left out together
-    with the notice: one bad picture must not spoil every later turn. All text stays text.
+    A user's turn that got no answer (stopped at once, or refused with a notice titled `NO_ANSWER`) is left out,
+    and the notice with it: one bad picture must not spoil every later turn. All text stays text.
 
     Args:
         message: The new message, {"text": str, "files": [paths]}.
-        history: Earlier messages, {"role", "content": [{"type": "text", "text"} | {"type": "file", "file": {"path"}}]}.
+        history: Earlier messages, {"role", "content": parts}, with parts {"type": "text", "text"} and
+            {"type": "file", "file": {"path"}}.
         folder: Where the page keeps uploads. History comes back from the browser: no other file is ever opened.
 
     Raises:

@@ -1,7 +1,6 @@
 """From messages to what a model reads. All ids come from `MllmProcessor.encode_chat`, as in training."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ def encode_prompt(processor: MllmProcessor, messages: Messages) -> Prompt:
         RowError: The messages are malformed.
     """
     plain_messages(messages, where="the conversation")  # before anything is looked up in them
-    images = [item.get("image") for message in messages for item in _image_items(message)]
+    images: list[Any] = [item.get("image") for message in messages for item in _image_items(message)]
     sizes = [_size(image, where=_name(number)) for number, image in enumerate(images, start=1)]
     encoded = processor.encode_chat(messages, media_sizes=sizes, add_generation_prompt=True)
     return Prompt(input_ids=encoded.input_ids, images=images)

@@ -14,9 +14,9 @@ def decode_answer(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> s
 class TextStream:
     """Decodes an answer while it is generated, in constant time per token.
 
-    For every sequence of ids that decodes to valid text, the pieces joined are `decode_answer` of the ids. A piece never
-    ends inside a character: bytes of an unfinished one wait for the next token. (`tokenizers.decoders.DecodeStream`
-    would do, but raises on the byte tokens that a young model strings together.)
+    For every sequence of ids that decodes to valid text, the pieces joined are `decode_answer` of the ids. A piece
+    never ends inside a character: bytes of an unfinished one wait for the next token.
+    (`tokenizers.decoders.DecodeStream` would do, but raises on the byte tokens that a young model strings together.)
 
     Example: the three tokens of "é!" in UTF-8 bytes, 0xC3 0xA9 0x21, give "", "é", "!".
     """

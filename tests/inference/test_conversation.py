@@ -64,7 +64,11 @@ def test_a_conversation_longer_than_the_context_is_refused_at_once(talker, conve
 
 BAD_MESSAGES = {
     "no file": ([{"type": "image", "image": "/nowhere/scene.png"}], MediaError, "image 1 .*nowhere.* does not exist"),
-    "no image in the bytes": ([{"type": "image", "image": b"words"}], MediaError, "image 1 .*no image of a known type"),
+    "no image in the bytes": (
+        [{"type": "image", "image": b"words"}],
+        MediaError,
+        "image 1 .*no image of a known type",
+    ),
     "no image key": ([{"type": "image"}], MediaError, "image 1 of the conversation given as NoneType"),
     "a number": ([{"type": "image", "image": 3}], MediaError, "image 1 of the conversation given as int"),
     "no type": ([{"text": "hi"}], RowError, "message 0: a content item"),

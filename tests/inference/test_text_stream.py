@@ -56,7 +56,7 @@ def test_pieces_come_early(tokenizer):
 
 
 def test_random_bytes_do_not_break_the_stream(tokenizer):
-    """What a young model says: bytes that are no UTF-8. The text stays readable around them, and the window bounded."""
+    """What a young model says: bytes that are no UTF-8. The text around them stays, and the window is bounded."""
     control = set(tokenizer.all_special_ids)
     vocabulary = [token for token in range(len(tokenizer)) if token not in control]
     for seed in range(20):
