@@ -220,6 +220,7 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
         pixel_values: Pixels | None = None,
         attention_mask: Tensor | dict | None = None,
         position_ids: Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         labels: TokenIds | None = None,
         loss_weights: Float[Tensor, "B T"] | None = None,
         num_items_in_batch: Tensor | int | None = None,
@@ -232,19 +233,22 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
             input_ids: Token ids with one placeholder for every feature vector.
             pixel_values: The batch's images in order of appearance.
             attention_mask: 1 for tokens, 0 for padding.
-            position_ids: Given for packed rows, and by `generate`, which counts from a prompt's first token, but for a
-                forward that names this argument only; without it, padding on the left would shift the positions.
+            position_ids: Given for packed rows, and by `generate`, which counts from a prompt's first token.
+            mm_encoder_outputs: Encoded media in place of `pixel_values`; `generate` encodes once before its first step.
             labels: Ids to be learned, -100 elsewhere. With them no logits are made, except at those positions.
             loss_weights: A factor for each label.
             num_items_in_batch: Divisor of the loss; the batch's own supervised tokens where absent.
             logits_to_keep: How many last positions get logits, 0 for all.
             **kwargs: Passed to `MllmModel.forward`.
         """
+        # `generate` passes position_ids and mm_encoder_outputs only to a forward that names them; without the first,
+        # padding on the left would shift the positions.
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
+            mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
         hidden = outputs.last_hidden_state

@@ -38,7 +38,7 @@ def test_cached_equals_uncached(tmp_path, family, prompts):
     _compare(model, processor, prompts, num_beams=1)
 
 
-@pytest.mark.parametrize("name", ["text only", "one image"])
+@pytest.mark.parametrize("name", PROMPTS.keys())
 def test_cached_equals_uncached_with_beams(tmp_path, name):
     model, processor = tiny_model(tmp_path)
     _compare(model, processor, PROMPTS[name], num_beams=3)
