@@ -2,9 +2,9 @@
 
     python scripts/quickstart.py --out runs/quickstart --seed 0
 
-Every step is an ordinary program of this project in a process of its own, with the command printed, so each can be tried
-alone. A step that is done is not done again: after an interruption the same command goes on. At the end stand a table,
-`OUT/report.json` and `OUT/chat.png`.
+Every step is an ordinary program of this project in a process of its own, with the command printed, so each can be
+tried alone. A step that is done is not done again: after an interruption the same command goes on. At the end stand a
+table, `OUT/report.json` and `OUT/chat.png`.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from mllm.errors import CheckpointError, MllmError, user_errors
 from mllm.evaluation.quickstart_report import draw_chat, format_table, summarize
 
 ROOT = Path(__file__).resolve().parent.parent
-BUDGET = {"data": 20, "backbones": 200, "train": 180, "evaluate": 50, "export": 40, "chat": 20}
+BUDGET = {"data": 15, "backbones": 180, "train": 235, "evaluate": 25, "export": 15, "chat": 10}
 """Seconds each step may take on two cores; later capabilities join within ten minutes."""
 QUESTION = "What is in the picture?"
 

@@ -234,7 +234,7 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
             pixel_values: The batch's images in order of appearance.
             attention_mask: 1 for tokens, 0 for padding.
             position_ids: Given for packed rows, and by `generate`, which counts from a prompt's first token.
-            mm_encoder_outputs: Encoded media in place of `pixel_values`; `generate` encodes once before its first step.
+            mm_encoder_outputs: Encoded media in place of `pixel_values`; `generate` encodes once, before it starts.
             labels: Ids to be learned, -100 elsewhere. With them no logits are made, except at those positions.
             loss_weights: A factor for each label.
             num_items_in_batch: Divisor of the loss; the batch's own supervised tokens where absent.
