@@ -49,7 +49,6 @@ LESSONS = (  # of the text rows: how many, fewest digits of a scene, places in i
     (9600, 1, True, {"color": 1, "position": 2, "presence": 1, "count": 2}),
     (25600, 1, True, {"color": 1, "position": 2, "presence": 1, "count": 1, "caption": 2}),
 )
-ANSWER_WEIGHT = 5.0  # of a word that answers a question, in the mixture: captions have twenty times as many words
 EVAL_FRACTION = 0.2  # of the scans of each digit
 QUESTIONS = {
     "caption": ("Describe the picture.", "What is in the picture?", "Which digits are there, and where?"),
@@ -228,11 +227,7 @@ def mixture_rows(rng: random.Random, scene: list[dict], image: dict) -> list[dic
     questions = ["position", rng.choice(("count", "color", "presence"))]
     turns = [ask(rng, task, scene) for task in rng.sample(questions, len(questions))]
     captioned = make_row("digits/mixture/caption", [ask(rng, "caption", scene)], image, describe_scene(scene))
-    asked = make_row("digits/mixture/questions", turns, image, describe_scene(scene))
-    for message in asked["messages"]:
-        if message["role"] == "assistant":
-            message["loss"] = ANSWER_WEIGHT
-    return [captioned, asked]
+    return [captioned, make_row("digits/mixture/questions", turns, image, describe_scene(scene))]
 
 
 def text_rows(rng: random.Random, by_digit: list[list[int]], share: float) -> list[dict]:
