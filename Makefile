@@ -69,7 +69,7 @@ quickstart: $(VENV)/run ## From handwriting to a trained, chatting, exported mod
 
 quickstart-seeds: $(VENV)/run ## The quickstart with seeds 0, 1 and 2, each held to its thresholds
 	for seed in 0 1 2; do \
-		$(BIN)/python scripts/quickstart.py --out $(OUT)-seed$$seed --seed $$seed $(ARGS) || exit 1; \
+		$(BIN)/python scripts/quickstart.py --out $(OUT)-seed$$seed --seed $$seed --strict $(ARGS) || exit 1; \
 	done
 
 demo: $(VENV)/run ## Chat with the quickstart's model in the browser (MODEL=)

@@ -43,6 +43,8 @@ ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 PLACES = tuple(f"{row} {column}" for row in ROWS for column in COLUMNS)  # of the nine cells, in reading order
 CELL = 16  # pixels; the canvas is 3 x 3 cells
 MAX_DIGITS = 5
+CAPTION_SHARE = 0.25  # of the rows of the mixture
+TURNS = 2  # different questions of a row that is no caption
 LESSONS = (  # of the text rows: how many, fewest digits of a scene, places in its words, how often each question
     (4800, 3, False, {"color": 1}),  # one kind at a time, and no scene with one digit: a guess must not pay
     (19200, 3, True, {"color": 1, "position": 4}),
@@ -96,9 +98,7 @@ def build(out: Path, seed: int, num_scenes: int, text_share: float, num_eval_sce
     rows = {
         "cells": [cell_row(scene, image) for scene, image in zip(scenes, images, strict=True)],
         "caption": [question_row(rng, "caption", scene, image) for scene, image in zip(scenes, images, strict=True)],
-        "mixture": [
-            row for scene, image in zip(scenes, images, strict=True) for row in mixture_rows(rng, scene, image)
-        ],
+        "mixture": [mixture_row(rng, scene, image) for scene, image in zip(scenes, images, strict=True)],
         "text": text_rows(rng, by_digit, text_share),
     }
 
@@ -222,12 +222,13 @@ def question_row(rng: random.Random, task: str, scene: list[dict], image: dict) 
     return make_row(f"digits/{task}", [(question, answer)], image, meta)
 
 
-def mixture_rows(rng: random.Random, scene: list[dict], image: dict) -> list[dict]:
-    """A caption, and some questions in turn. Not in one row: an answer could then be read off the caption."""
-    questions = ["position", rng.choice(("count", "color", "presence"))]
-    turns = [ask(rng, task, scene) for task in rng.sample(questions, len(questions))]
-    captioned = make_row("digits/mixture/caption", [ask(rng, "caption", scene)], image, describe_scene(scene))
-    return [captioned, make_row("digits/mixture/questions", turns, image, describe_scene(scene))]
+def mixture_row(rng: random.Random, scene: list[dict], image: dict) -> dict:
+    """A caption, or some questions in turn. Not both: an answer could then be read off the caption."""
+    if rng.random() < CAPTION_SHARE:
+        turns = [ask(rng, "caption", scene)]
+    else:
+        turns = [ask(rng, task, scene) for task in rng.sample(SHORT_TASKS, TURNS)]
+    return make_row("digits/mixture", turns, image, describe_scene(scene))
 
 
 def text_rows(rng: random.Random, by_digit: list[list[int]], share: float) -> list[dict]:
