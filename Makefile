@@ -52,12 +52,12 @@ $(VENV)/run: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python $(INSTALL) --editable '.[quickstart,serve,dev]'
+	$(BIN)/python $(INSTALL) --editable '.[quickstart,serve,data,dev]'
 	@touch $@ $(VENV)/run
 
 $(LOWEST)/dev: pyproject.toml constraints.txt constraints-lowest.txt
 	$(call make_venv,$(LOWEST))
-	$(LOWEST)/bin/python $(INSTALL) --editable '.[quickstart,serve,dev]'
+	$(LOWEST)/bin/python $(INSTALL) --editable '.[quickstart,serve,data,dev]'
 	$(LOWEST)/bin/python -m pip install --requirement constraints-lowest.txt
 	$(LOWEST)/bin/python -m pip check
 	@touch $@
@@ -102,7 +102,7 @@ format: $(VENV)/dev ## Format the code and fix what lint can fix
 
 pins: ## Refresh constraints.txt from the newest releases (torch keeps its pin), for a maintainer to review
 	rm -rf .venv-pins && $(PYTHON) -m venv .venv-pins
-	.venv-pins/bin/python -m pip install "$$(grep '^torch==' constraints.txt)" --editable '.[quickstart,serve,dev]'
+	.venv-pins/bin/python -m pip install "$$(grep '^torch==' constraints.txt)" --editable '.[quickstart,serve,data,dev]'
 	.venv-pins/bin/python -m pip freeze --exclude-editable | sed 's/+.*//' > .venv-pins/pins.txt
 	sed '/^[^#]/d' constraints.txt > .venv-pins/header.txt
 	cat .venv-pins/header.txt .venv-pins/pins.txt > constraints.txt

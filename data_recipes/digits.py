@@ -12,8 +12,9 @@ writes (media paths are relative to DIR, also in `eval/`, hence the `../`):
     cells.jsonl            what stands in each cell: for an encoder that is trained here
     text.jsonl             questions about scenes written out as text, in lessons from easy to hard: for a language
                            model that is trained here
-    caption.jsonl          one caption per picture: to align a connector
-    mixture.jsonl          captions and questions in several turns: for supervised fine-tuning
+    places.jsonl           per picture a question about a place, then another: to align a connector
+    questions.jsonl        the same kinds of questions in any order, and
+    caption.jsonl          one caption per picture: for supervised fine-tuning
     eval/{caption,position,count,color,presence}.jsonl, eval/cells.jsonl
                            one question of each kind per picture of unseen handwriting
     recipe.json            written last: counts, seed, split, source and licence
@@ -43,8 +44,6 @@ ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 PLACES = tuple(f"{row} {column}" for row in ROWS for column in COLUMNS)  # of the nine cells, in reading order
 CELL = 16  # pixels; the canvas is 3 x 3 cells
 MAX_DIGITS = 5
-CAPTION_SHARE = 0.25  # of the rows of the mixture
-TURNS = 2  # different questions of a row that is no caption
 LESSONS = (  # of the text rows: how many, fewest digits of a scene, places in its words, how often each question
     (4800, 3, False, {"color": 1}),  # one kind at a time, and no scene with one digit: a guess must not pay
     (19200, 3, True, {"color": 1, "position": 4}),
@@ -98,8 +97,12 @@ def build(out: Path, seed: int, num_scenes: int, text_share: float, num_eval_sce
     rows = {
         "cells": [cell_row(scene, image) for scene, image in zip(scenes, images, strict=True)],
         "caption": [question_row(rng, "caption", scene, image) for scene, image in zip(scenes, images, strict=True)],
-        "mixture": [mixture_row(rng, scene, image) for scene, image in zip(scenes, images, strict=True)],
-        "text": text_rows(rng, by_digit, text_share),
+        "places": [questions_row(rng, "places", scene, image) for scene, image in zip(scenes, images, strict=True)],
+        "questions": [
+            questions_row(rng, "questions", scene, image) for scene, image in zip(scenes, images, strict=True)
+        ],
+        # A stream of their own: what the pictures' rows draw must not change what the language model learns.
+        "text": text_rows(random.Random(f"{seed}/text"), by_digit, text_share),
     }
 
     rng, by_digit = random.Random(f"{seed}/eval"), group_by_digit(eval_scans, labels)
@@ -222,13 +225,15 @@ def question_row(rng: random.Random, task: str, scene: list[dict], image: dict) 
     return make_row(f"digits/{task}", [(question, answer)], image, meta)
 
 
-def mixture_row(rng: random.Random, scene: list[dict], image: dict) -> dict:
-    """A caption, or some questions in turn. Not both: an answer could then be read off the caption."""
-    if rng.random() < CAPTION_SHARE:
-        turns = [ask(rng, "caption", scene)]
-    else:
-        turns = [ask(rng, task, scene) for task in rng.sample(SHORT_TASKS, TURNS)]
-    return make_row("digits/mixture", turns, image, describe_scene(scene))
+def questions_row(rng: random.Random, name: str, scene: list[dict], image: dict) -> dict:
+    """Two questions in turn, one of them about a place, which is the hardest to learn; in "places" it comes first.
+
+    No caption beside them: an answer could be read off it.
+    """
+    tasks = ["position", rng.choice([task for task in SHORT_TASKS if task != "position"])]
+    if name != "places":
+        rng.shuffle(tasks)
+    return make_row(f"digits/{name}", [ask(rng, task, scene) for task in tasks], image, describe_scene(scene))
 
 
 def text_rows(rng: random.Random, by_digit: list[list[int]], share: float) -> list[dict]:

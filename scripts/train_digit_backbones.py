@@ -1,8 +1,8 @@
 """Train the two parts that others download: a tiny CLIP vision encoder and a tiny Llama, for the digits world.
 
-The encoder learns to name what stands in the cell of each patch. The language model, with its own tokenizer, learns to
-answer questions about scenes that are written out as text. Neither has ever met the other's data. Both are saved as
-ordinary checkpoints; from then on every program treats them as if they had been downloaded.
+The encoder learns to name what stands in the cell of each patch, and where that is. The language model, with its own
+tokenizer, learns to answer questions about scenes that are written out as text. Neither has ever met the other's data.
+Both are saved as ordinary checkpoints; from then on every program treats them as if they had been downloaded.
 
     python scripts/train_digit_backbones.py --data runs/digits --out runs/backbones
 """
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="directory written by data_recipes/digits.py")
     parser.add_argument("--out", type=Path, required=True, help="directory to write; must be absent or empty")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--encoder_steps", type=int, default=300)
+    parser.add_argument("--encoder_steps", type=int, default=500)
     parser.add_argument("--llm_steps", type=int, default=2000, help="at most one pass over text.jsonl")
     args = parser.parse_args()
     if not (args.data / "recipe.json").is_file():
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def train_encoder(data: Path, out: Path, steps: int) -> dict:
-    """Train a CLIP vision tower to name digit and colour of the cell under each patch, and save it."""
+    """Train a CLIP vision tower to name digit, colour and place of the cell under each patch, and save it."""
     start = time.perf_counter()
     processor = CLIPImageProcessorPil(
         size={"height": GRID * 16, "width": GRID * 16},
@@ -88,18 +88,23 @@ def train_encoder(data: Path, out: Path, steps: int) -> dict:
         projection_dim=128,
     )
     encoder = CLIPVisionModel(config)
-    head = torch.nn.Linear(config.hidden_size, 11 + len(COLOURS))
+    sections = [11, len(COLOURS), config.image_size**2 // config.patch_size**2]
+    head = torch.nn.Linear(config.hidden_size, sum(sections))
     pixels, digits, colours = read_cells(data / "cells.jsonl", processor, config)
     pixels_unseen, digits_unseen, colours_unseen = read_cells(data / "eval/cells.jsonl", processor, config)
 
-    def forward(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
         features = encoder(pixel_values=batch, output_hidden_states=True).hidden_states[-1][:, 1:]
-        return head(features).flatten(0, 1).split([11, len(COLOURS)], dim=-1)
+        return head(features).flatten(0, 1).split(sections, dim=-1)
 
     def loss(rows: torch.Tensor) -> torch.Tensor:
-        digit_logits, colour_logits = forward(pixels[rows])
+        digit_logits, colour_logits, place_logits = forward(pixels[rows])
         digit_loss = cross_entropy(digit_logits, digits[rows].flatten())
-        return digit_loss + cross_entropy(colour_logits, colours[rows].flatten(), ignore_index=IGNORED)
+        colour_loss = cross_entropy(colour_logits, colours[rows].flatten(), ignore_index=IGNORED)
+        # Nothing but this keeps the place in the features: without it they forget where a patch was, which an encoder
+        # of photographs never can. Easily learned, so a tenth will do.
+        places = torch.arange(sections[-1]).repeat(len(rows))
+        return digit_loss + colour_loss + 0.1 * cross_entropy(place_logits, places)
 
     epochs = [torch.randperm(len(pixels)) for _ in range(128 * steps // len(pixels) + 1)]
     batches = torch.cat(epochs).split(128)[:steps]
@@ -108,7 +113,7 @@ def train_encoder(data: Path, out: Path, steps: int) -> dict:
 
     encoder.eval()
     with torch.no_grad():
-        digit_logits, colour_logits = forward(pixels_unseen)
+        digit_logits, colour_logits, place_logits = forward(pixels_unseen)
     is_filled = colours_unseen.flatten() != IGNORED
     encoder.save_pretrained(out)
     processor.save_pretrained(out)
@@ -119,6 +124,7 @@ def train_encoder(data: Path, out: Path, steps: int) -> dict:
         "unseen_digit_accuracy": accuracy(digit_logits[is_filled], digits_unseen.flatten()[is_filled]),
         "unseen_empty_accuracy": accuracy(digit_logits[~is_filled], digits_unseen.flatten()[~is_filled]),
         "unseen_colour_accuracy": accuracy(colour_logits[is_filled], colours_unseen.flatten()[is_filled]),
+        "unseen_place_accuracy": accuracy(place_logits, torch.arange(sections[-1]).repeat(len(pixels_unseen))),
     }
 
 

@@ -39,6 +39,12 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_index_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Indexes of data are kept where the run leaves no trace; child processes inherit it."""
+    os.environ["MLLM_CACHE"] = str(tmp_path_factory.mktemp("index_cache"))
+
+
 @pytest.fixture(autouse=True)
 def _same_seed() -> None:
     random.seed(0)

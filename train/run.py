@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import torch
 import yaml
+from tqdm import tqdm
 from transformers.utils import logging
 
 from mllm.errors import MllmError, OptionError, user_errors
@@ -70,7 +71,10 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Assemble, run what is not finished, show how it went."""
-    plan = read_plan(args.plan, output_dir=args.output_dir, data_root=args.data_root, changes=args.set)
+    with tqdm(desc="reading data", unit="row", mininterval=0.5, delay=1) as bar:
+        plan = read_plan(
+            args.plan, output_dir=args.output_dir, data_root=args.data_root, changes=args.set, progress=bar.update
+        )
     progress = PlanProgress(plan)
     launcher = launch_command(args.accelerate_config)
     if not args.dry_run:

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from mllm import load_model, load_processor
 from mllm.checkpoints import is_complete
+from mllm.data.left_out import QUARANTINE
 from mllm.errors import user_errors
 from mllm.models.parts import apply_modes, summarize_parts
 from mllm.training.arguments import SftArguments, parse_arguments
@@ -40,7 +41,8 @@ def run(args: SftArguments) -> None:
 
     # Data: missing files, malformed rows and bad media are found before anything is written
     refuse_foreign_directory(output_dir)
-    rows = read_rows(args, progress=lambda what, total: bar(what, total, is_main))
+    with PartialState().main_process_first():
+        rows = read_rows(args, progress=lambda what, total: bar(what, total, is_main))
 
     # The model to start from, and its processor
     with PartialState().main_process_first():
@@ -48,6 +50,8 @@ def run(args: SftArguments) -> None:
     processor = load_processor(base)
     examples = encode_rows(rows, args, processor, progress=lambda what, total: bar(what, total, is_main))
     say(f"rows: {len(examples)} used, dropped: {dict(examples.dropped) or 'none'}")
+    if examples.num_unmeasured:
+        say(f"      {examples.num_unmeasured} of them may be found to be longer than max_length when they are due")
 
     # Parts: what is trained
     model = apply_modes(load_model(base, dtype=args.dtype), args.parts)
@@ -59,6 +63,7 @@ def run(args: SftArguments) -> None:
     record = describe_run(args, base=base, rows=rows, examples=examples)
     with PartialState().main_process_first():
         claim_directory(output_dir, record)
+        examples.account.write_to(output_dir / QUARANTINE)
     if is_complete(output_dir / FINAL):
         return say(f"finished before: {output_dir / FINAL}")
 
@@ -70,12 +75,15 @@ def run(args: SftArguments) -> None:
     if checkpoint:
         say(f"going on from {checkpoint}")
     trainer.train_from(checkpoint)
-    say(f"model: {trainer.save_final()}")
+    final = trainer.save_final()
+    if left_out := trainer.record["rows"].get("left_out"):
+        say(f"rows left out of their batches: {left_out}")
+    say(f"model: {final}")
 
 
-def bar(what: str, total: int, is_shown: bool):
-    """A progress bar; returns what to call once for each row."""
-    return tqdm(total=total, desc=what, unit="row", disable=not is_shown, mininterval=0.5).update
+def bar(what: str, total: int | None, is_shown: bool):
+    """A progress bar of what takes longer than a second; returns what to call for each row, or with how many."""
+    return tqdm(total=total, desc=what, unit="row", disable=not is_shown, mininterval=0.5, delay=1).update
 
 
 if __name__ == "__main__":

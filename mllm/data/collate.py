@@ -1,14 +1,18 @@
 """Examples to one padded batch: decode the media, pad the text."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import get_worker_info
+from PIL import Image
 
+from mllm.data.blobs import read_media_bytes
 from mllm.data.examples import Example
 from mllm.data.labels import IGNORED
-from mllm.errors import MllmError
+from mllm.data.left_out import BAD, LeftOut
+from mllm.data.quarantine import Bad
+from mllm.data.schema import MediaItem
+from mllm.errors import MediaError
 from mllm.processing import MllmProcessor
 from mllm.processing.images import decode_image
 from mllm.shapes import Tensor
@@ -54,40 +58,70 @@ class PaddingCollator:
                 for example, length in zip(examples, lengths, strict=True)
             ]
             batch["loss_weights"] = _pad(weights, 0.0, torch.float32)
-        images = [
-            decode_image(item.path, where=example.row.name) for example in examples for item in example.row.media
-        ]
+        images = [image for example in examples for image in _images(example)]
         if images:
             batch["pixel_values"] = self.processor.encode_images(images)
         return batch
 
 
-class ErrorsAsBatches:
-    """Collate; in a data worker, hand an `MllmError` over in place of the batch.
+class Collated(NamedTuple):
+    """A batch, and the rows that were left out of it."""
 
-    An exception raised in a worker reaches the main process as a text in another exception, and its message would be
-    buried in a traceback. `raising_errors` raises it there as it was.
+    batch: dict[str, Any]
+    left_out: tuple[LeftOut, ...]
+
+
+class LeavingOut:
+    """Collate what can be collated, and say what was left out: an exception must not come from a data worker.
+
+    It would reach the main process as a text in another exception, the message buried in a traceback. There
+    `mllm.data.left_out.usable_batches` counts, lists or raises.
+
+    Args:
+        collate: Makes a batch of examples.
     """
 
-    def __init__(self, collate: Callable[[Sequence[Example]], dict[str, Tensor]]):
+    def __init__(self, collate: PaddingCollator):
         self.collate = collate
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor] | MllmError:
-        """The batch, or what is wrong with it."""
+    def __call__(self, rows: Sequence[Example | LeftOut]) -> Collated:
+        """The batch, without rows that cannot be trained on and without those whose media are damaged."""
+        examples = [row for row in rows if isinstance(row, Example)]
+        left_out = [row for row in rows if isinstance(row, LeftOut)]
         try:
-            return self.collate(examples)
-        except MllmError as error:
-            if get_worker_info() is None:
-                raise
-            return error
+            return Collated(self.collate(examples), tuple(left_out))
+        except MediaError:
+            damaged = {id(example): found for example in examples if (found := _damage(example)) is not None}
+        left_out += damaged.values()
+        return Collated(self.collate([one for one in examples if id(one) not in damaged]), tuple(left_out))
 
 
-def raising_errors(batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches, one by one as they are asked for; an error among them is raised."""
-    for batch in batches:
-        if isinstance(batch, MllmError):
-            raise batch
-        yield batch
+def decode_media(item: MediaItem, *, where: str) -> Image.Image:
+    """The pixels of an image, wherever its bytes lie.
+
+    Raises:
+        MediaError: It is not there, or damaged.
+    """
+    return decode_image(read_media_bytes(item), where=where)
+
+
+def _images(example: Example) -> Iterator[Image.Image]:
+    """The images of a row, decoded as they are asked for."""
+    for place, item in enumerate(example.row.media):
+        source = read_media_bytes(item) if example.media is None else example.media[place]
+        yield decode_image(source, where=example.row.name)
+
+
+def _damage(example: Example) -> LeftOut | None:
+    """What is wrong with the first of a row's media that cannot be decoded."""
+    images = _images(example)
+    for item in example.row.media:
+        try:
+            next(images)
+        except MediaError as error:
+            file = str(item.path or item.blob)
+            return LeftOut(example.position, BAD, Bad(example.row.id, example.row.where, file, error.found), error)
+    return None
 
 
 def _pad(rows: Sequence[Any], value: int | float, dtype: torch.dtype) -> Tensor:

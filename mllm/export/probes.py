@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mllm.data.rows import RowFile, RowSource
+from mllm.data.collate import decode_media
+from mllm.data.index import open_index
 from mllm.data.schema import Row
+from mllm.data.sources import Source
 from mllm.errors import OptionError
 from mllm.export.stock_process import continue_greedily
 from mllm.processing import MllmProcessor
-from mllm.processing.images import decode_image
 
 LOGIT_POSITIONS = 32
 """Logits are compared at this many last positions: they attend to all that comes before, at a bounded size."""
@@ -88,17 +89,17 @@ def probes_from_rows(path: str | Path, *, limit: int) -> list[Probe]:
     Stock processors read a control token in somebody's words as one, ours do not: such a row will be found to differ.
 
     Args:
-        path: A JSONL file of rows, as recipes write them.
+        path: A file of rows, as recipes write them, or of any form that can be trained on.
         limit: How many rows.
 
     Raises:
         OptionError: There is no such file, or nothing in it.
-        RowError: A row is malformed, or a picture cannot be read.
+        RowError: A row of the file is malformed, or a picture cannot be read.
     """
     if limit < 1:
         raise OptionError(f"{limit} rows to compare", expected="at least one", do="ask for more rows")
-    file = RowFile(RowSource(Path(path), first=limit))
-    return [_probe(file[number]) for number in range(len(file))]
+    index = open_index(Source(Path(path)))
+    return [_probe(index[number]) for number in range(min(limit, len(index)))]
 
 
 def answer_probes(model: nn.Module, processor: MllmProcessor, probes: list[Probe]) -> list[Answer]:
@@ -158,7 +159,7 @@ def remove_probes(directory: Path) -> None:
 def _probe(row: Row) -> Probe:
     messages = _prompt(row.messages)
     num_images = sum(item["type"] == "image" for message in messages for item in message["content"])
-    images = [decode_image(media.path, where=row.name) for media in row.media[:num_images]]
+    images = [decode_media(media, where=row.name) for media in row.media[:num_images]]
     return Probe(row.id, messages, images)
 
 

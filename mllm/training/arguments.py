@@ -13,7 +13,8 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from mllm.data.examples import OVERLONG
-from mllm.data.rows import RowSource
+from mllm.data.mixture_file import read_mixture
+from mllm.data.sources import ON_BAD
 from mllm.errors import OptionError
 from mllm.models.parts import PartOptions
 
@@ -25,8 +26,9 @@ example of a --config file:
     image.encoder: frozen
     image.connector: {mode: full, learning_rate: 1.0e-3}
     text: {mode: lora, rank: 16, alpha: 32}
-  data:
-    - path: rows.jsonl
+  data:                               # or {mixture: FILE.yaml}, our own or LLaVA-NeXT's
+    - rows.jsonl
+    - {path: llava.json, media_root: images, take: "random:10%", on_bad: quarantine}
   learning_rate: 2.0e-4
   per_device_train_batch_size: 16
   num_train_epochs: 1
@@ -54,7 +56,10 @@ class SftArguments(TrainingArguments):
     )
     data: Any = field(
         default_factory=list,
-        metadata={"help": "Row files: a list of paths, or of mappings with path and first (only that many rows)."},
+        metadata={
+            "help": "Sources: a list of paths or of mappings (path, format, media_root, take: first:N, weight, ...); "
+            "a mapping with sources, temperature, epoch_rows; or {mixture: FILE.yaml}."
+        },
     )
     data_root: str | None = field(
         default=None,
@@ -65,6 +70,16 @@ class SftArguments(TrainingArguments):
     )
     overlong: str = field(
         default="drop", metadata={"help": "Rows longer than max_length: drop (counted and reported) or error."}
+    )
+    on_bad: str = field(
+        default="error",
+        metadata={
+            "help": "Broken rows and media, where a source does not say: error (all are found before the run starts) "
+            "or quarantine (left out, listed in OUTPUT_DIR/quarantine.jsonl, counted)."
+        },
+    )
+    max_bad_rate: float = field(
+        default=0.05, metadata={"help": "Share of broken rows of a source above which quarantine, too, is an error."}
     )
     dtype: str = field(
         default="auto",
@@ -87,8 +102,8 @@ class SftArguments(TrainingArguments):
         super().__post_init__()
 
 
-OWN = ("model", "parts", "data", "data_root", "max_length", "overlong", "dtype")
-CHOICES = {"overlong": OVERLONG, "dtype": ("auto", "float32", "bfloat16")}
+OWN = ("model", "parts", "data", "data_root", "max_length", "overlong", "on_bad", "max_bad_rate", "dtype")
+CHOICES = {"overlong": OVERLONG, "on_bad": ON_BAD, "dtype": ("auto", "float32", "bfloat16")}
 UNSUPPORTED = {
     "eval_strategy": "training does not evaluate; evaluate checkpoints with scripts/",
     "eval_on_start": "training does not evaluate; evaluate checkpoints with scripts/",
@@ -194,7 +209,8 @@ def build_arguments(options: Mapping[str, Any], *, where: str) -> SftArguments:
             setattr(arguments, name, options[name])
     _check_values(arguments, where)
     arguments.parts = read_parts(arguments.parts)
-    arguments.data = read_sources(arguments.data, root=arguments.data_root)
+    shared = {"on_bad": arguments.on_bad, "max_bad_rate": arguments.max_bad_rate}
+    arguments.data = read_mixture(arguments.data, root=arguments.data_root, shared=shared)
     return arguments
 
 
@@ -225,6 +241,9 @@ def _check_values(arguments: SftArguments, where: str) -> None:
     length = arguments.max_length
     if length is not None and (not isinstance(length, int) or length < 1):
         raise OptionError(f"max_length = {length!r} in {where}", expected="a whole number, or null", do="correct it")
+    rate = arguments.max_bad_rate
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
+        raise OptionError(f"max_bad_rate = {rate!r} in {where}", expected="a share from 0 to 1", do="correct it")
     defaults = {option.name: option.default for option in fields(SftArguments)}
     for name, reason in UNSUPPORTED.items():
         if name in defaults and getattr(arguments, name) not in (defaults[name], None, "no", "random"):
@@ -275,32 +294,6 @@ def _read_part(name: str, given: Any) -> PartOptions:
             f"parts: {name}: {given}", expected="rank at least 1, learning_rate at least 0", do="correct it"
         )
     return PartOptions(**chosen)
-
-
-def read_sources(data: Any, *, root: str | None) -> list[RowSource]:
-    """`["a.jsonl", {"path": "b.jsonl", "first": 100}]` as row sources, relative paths under `root`.
-
-    Raises:
-        OptionError: Another form, or an unknown key.
-    """
-    if not isinstance(data, list):
-        raise OptionError(f"data = {data!r:.80}", expected="a list of row files", do="see the example in --help")
-    sources = []
-    for entry in data:
-        if isinstance(entry, RowSource):
-            sources.append(entry)
-            continue
-        entry = {"path": entry} if isinstance(entry, str) else entry
-        is_entry = (
-            isinstance(entry, dict) and isinstance(entry.get("path"), str) and not set(entry) - {"path", "first"}
-        )
-        first = entry.get("first") if is_entry else None
-        if not is_entry or not (first is None or (isinstance(first, int) and first > 0)):
-            raise OptionError(
-                f"data: {entry!r:.80}", expected="a path, or a mapping with path, and first", do="correct it"
-            )
-        sources.append(RowSource(Path(root or ".", entry["path"]), first=entry.get("first")))
-    return sources
 
 
 def _as_command(name: str, value: Any) -> list[str]:

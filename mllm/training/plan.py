@@ -3,15 +3,15 @@
 import copy
 import inspect
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mllm.assemble import assemble
-from mllm.data.rows import Rows
+from mllm.data.mixture_file import open_mixture
 from mllm.errors import OptionError
 from mllm.load import ADAPTER_CONFIG
 from mllm.models.parts import check_options
@@ -38,7 +38,7 @@ class Stage:
         options: All its options as plain values, as they are written to `stage.yaml`.
         given: The names of those that the plan, its defaults or `--set` state.
         arguments: The same, typed.
-        data: File, number of rows and hash of every source.
+        data: What every source is, see `Mixture.fingerprints`.
     """
 
     name: str
@@ -82,8 +82,15 @@ class Plan:
         return self.output_dir / "assembled"
 
 
-def read_plan(path: Path, *, output_dir: Path, data_root: Path | None = None, changes: Sequence[str] = ()) -> Plan:
-    """Read a plan, change it as `--set` says, and check every stage of it. Nothing is written.
+def read_plan(
+    path: Path,
+    *,
+    output_dir: Path,
+    data_root: Path | None = None,
+    changes: Sequence[str] = (),
+    progress: Callable[[int], Any] | None = None,
+) -> Plan:
+    """Read a plan, change it as `--set` says, and check every stage of it, its data last. Nothing is written.
 
     Local directories under `model` are relative to the current directory, as Hub ids are looked up without one; row
     files are relative to `data_root`, by default the plan's own directory.
@@ -93,9 +100,11 @@ def read_plan(path: Path, *, output_dir: Path, data_root: Path | None = None, ch
         output_dir: Where the stages will write, each in a directory of its name.
         data_root: What relative paths under `data` are relative to.
         changes: `key.path=value` each, see `apply_change`.
+        progress: Told how many more records of data have been read, where they were not read before.
 
     Raises:
         OptionError: An unknown key, part or mode, a value that cannot be read, a bad stage name, a missing file.
+        RowError, MediaError: Broken data, where the plan does not say `on_bad: quarantine`.
     """
     document = _read_document(path)
     for change in changes:
@@ -124,9 +133,13 @@ def read_plan(path: Path, *, output_dir: Path, data_root: Path | None = None, ch
         }  # fmt: skip
         arguments = build_arguments(options, where=where)
         check_options(PART_NAMES, arguments.parts)
-        data = Rows(arguments.data).fingerprints()
-        stages.append(Stage(name, output_dir / name, begins, options, tuple(own), arguments, data))
-    return Plan(path=path, output_dir=output_dir, model=model, stages=tuple(stages))
+        stages.append(Stage(name, output_dir / name, begins, options, tuple(own), arguments, data=[]))
+    return Plan(path, output_dir, model, tuple(_with_data(stage, progress) for stage in stages))
+
+
+def _with_data(stage: Stage, progress: Callable[[int], Any] | None) -> Stage:
+    mixture = open_mixture(stage.arguments.data, seed=stage.arguments.seed, progress=progress)
+    return replace(stage, data=mixture.fingerprints())
 
 
 def apply_change(document: dict[str, Any], change: str) -> None:

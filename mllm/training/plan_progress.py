@@ -15,7 +15,7 @@ from mllm.load import ADAPTER_CONFIG
 from mllm.training.callbacks import LOG
 from mllm.training.checkpoint import latest_checkpoint
 from mllm.training.plan import Plan, Stage
-from mllm.training.run_record import RUN_RECORD, VOLATILE, hash_files, resolved_options
+from mllm.training.run_record import DATA_IDENTITY, RUN_RECORD, VOLATILE, hash_files, resolved_options
 from mllm.training.start import assemble_once
 
 PLAN_RECORD = "plan.json"
@@ -138,8 +138,8 @@ class PlanProgress:
             self.inputs[stage.name] = hash_files(stage.model)
         typed = json.loads(json.dumps(resolved_options(stage.arguments)))
         return {
-            "options": {name: typed[name] for name in sorted({*stage.given, "parts"}) if name in typed},
-            "data": [{"rows": file["rows"], "sha256": file["sha256"]} for file in stage.data],
+            "options": {name: typed[name] for name in sorted({*stage.given, "parts", "mixture"}) if name in typed},
+            "data": [{key: file[key] for key in DATA_IDENTITY} for file in stage.data],
             "files": [file["path"] for file in stage.data],
             "input": self.inputs.get(stage.name),
         }

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm.data.examples import Examples
-from mllm.data.rows import Rows
+from mllm.data.mixture import Mixture
 from mllm.errors import CheckpointError
 from mllm.training.arguments import SftArguments
 
@@ -22,18 +22,21 @@ OURS = ("assembled", "base", "stage.yaml", f"{Path(RUN_RECORD).stem}.")
 IDENTITY = ("model", "data", "options", "world_size")
 """What has to be equal for a directory to be gone on with."""
 
+DATA_IDENTITY = ("sha256", "rows", "take", "weight")
+"""What has to be equal of a data source."""
+
 VOLATILE = (
     "output_dir", "run_name", "report_to", "project", "trackio_space_id", "resume_from_checkpoint", "local_rank",
     "model", "data", "data_root", "disable_tqdm", "save_strategy", "save_steps", "save_total_limit", "log_level",
     "log_level_replica", "log_on_each_node", "logging_dir", "logging_strategy", "logging_steps", "logging_first_step",
     "logging_nan_inf_filter", "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_pin_memory",
     "dataloader_persistent_workers", "ddp_timeout", "ddp_backend", "ddp_bucket_cap_mb", "ddp_find_unused_parameters",
-    "hub_token", "push_to_hub_token", "skip_memory_metrics",
+    "hub_token", "push_to_hub_token", "skip_memory_metrics", "on_bad", "max_bad_rate",
 )  # fmt: skip
 """Options that do not decide the outcome, or stand elsewhere in the record."""
 
 
-def describe_run(args: SftArguments, *, base: Path, rows: Rows, examples: Examples) -> dict[str, Any]:
+def describe_run(args: SftArguments, *, base: Path, rows: Mixture, examples: Examples) -> dict[str, Any]:
     """Everything about a run that decides its outcome, and where it came from.
 
     Args:
@@ -45,7 +48,7 @@ def describe_run(args: SftArguments, *, base: Path, rows: Rows, examples: Exampl
     return {
         "model": {"path": str(base), "sha256": hash_files(base)},
         "data": rows.fingerprints(),
-        "rows": {"used": len(examples), "dropped": dict(examples.dropped)},
+        "rows": {"used": len(examples), "dropped": dict(examples.dropped), "measure": examples.measure},
         "options": resolved_options(args),
         "world_size": args.world_size,
         "git": describe_git(),
@@ -53,10 +56,17 @@ def describe_run(args: SftArguments, *, base: Path, rows: Rows, examples: Exampl
     }
 
 
+def measure_before(output_dir: Path) -> str | None:
+    """How the rows of the run that the directory holds were measured; None without one. See `Examples`."""
+    path = output_dir / RUN_RECORD
+    return json.loads(path.read_text(encoding="utf-8"))["rows"].get("measure") if path.is_file() else None
+
+
 def resolved_options(args: SftArguments) -> dict[str, Any]:
     """The options that decide the outcome, as JSON can hold them; where it is written and logged is left out."""
     options = args.to_dict()
     options["parts"] = {name: asdict(chosen) for name, chosen in args.parts.items()}
+    options["mixture"] = {"temperature": args.data.temperature, "epoch_rows": args.data.epoch_rows}
     return {name: value for name, value in sorted(options.items()) if name not in VOLATILE}
 
 
@@ -128,7 +138,7 @@ def _identity(record: dict[str, Any], name: str) -> Any:
     if name == "model":
         return (entry or {}).get("sha256")
     if name == "data":
-        return [(source["sha256"], source["rows"]) for source in entry or []]
+        return [[source.get(key) for key in DATA_IDENTITY] for source in entry or []]
     return entry
 
 

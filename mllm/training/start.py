@@ -10,14 +10,16 @@ from transformers.training_args import ParallelMode
 from mllm.assemble import assemble, assemble_checkpoint
 from mllm.checkpoints import atomic_directory, is_complete, read_complete
 from mllm.data.examples import Examples
-from mllm.data.rows import Rows, check_media
+from mllm.data.mixture import Mixture
+from mllm.data.mixture_file import open_mixture
 from mllm.errors import CheckpointError, OptionError
 from mllm.load import ADAPTER_CONFIG, load_model, load_processor, merged
 from mllm.processing import MllmProcessor
 from mllm.training.arguments import SftArguments
+from mllm.training.run_record import measure_before
 
-Progress = Callable[[str, int], Callable[[], Any]]
-"""Called with what is done and how often; gives what to call each time."""
+Progress = Callable[[str, int | None], Callable[..., Any]]
+"""Called with what is done and how often, if that is known; gives what to call each time, or with how many times."""
 
 
 def check_launch(args: SftArguments) -> None:
@@ -89,19 +91,17 @@ def assemble_once(directory: Path, options: dict[str, Any]) -> Path:
     return assemble_checkpoint(directory, **options)
 
 
-def read_rows(args: SftArguments, *, progress: Progress) -> Rows:
-    """Open all rows, and check their media.
+def read_rows(args: SftArguments, *, progress: Progress) -> Mixture:
+    """Open all rows. Rows and media are checked when they are indexed, that is once, and again when files change.
 
     Raises:
-        OptionError, RowError, MediaError: As `Rows` and `check_media` do.
+        OptionError, RowError, MediaError: As `open_mixture` does.
     """
-    rows = Rows(args.data)
-    check_media(rows, progress=progress("checking media", len(rows)))
-    return rows
+    return open_mixture(args.data, seed=args.seed, progress=progress("reading data", None))
 
 
-def encode_rows(rows: Rows, args: SftArguments, processor: MllmProcessor, *, progress: Progress) -> Examples:
-    """Encode and measure all rows.
+def encode_rows(rows: Mixture, args: SftArguments, processor: MllmProcessor, *, progress: Progress) -> Examples:
+    """Encode and measure all rows, if they are not too many; those of a run that goes on as they were before.
 
     Raises:
         OptionError, RowError: As `Examples` does.
@@ -112,4 +112,5 @@ def encode_rows(rows: Rows, args: SftArguments, processor: MllmProcessor, *, pro
         max_length=args.max_length,
         overlong=args.overlong,
         progress=progress("encoding text", len(rows)),
+        measure=measure_before(Path(args.output_dir)),
     )

@@ -1,25 +1,30 @@
 """What every training of ours shares: batches, parts, the loss's divisor, checkpoints."""
 
+import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from mllm.checkpoints import atomic_directory, mark_complete, read_complete
-from mllm.data.collate import ErrorsAsBatches, PaddingCollator, raising_errors
+from mllm.data.collate import LeavingOut, PaddingCollator
 from mllm.data.examples import Examples
+from mllm.data.left_out import usable_batches
 from mllm.data.sampler import EpochDataLoader, RankBatches
 from mllm.models.parts import PartOptions, freeze_unused, learning_rate_groups
 from mllm.processing import MllmProcessor
 from mllm.training.arguments import SftArguments
 from mllm.training.callbacks import Console, JsonLog
 from mllm.training.checkpoint import FINAL, PREFIX, remove_old, write_weights
+from mllm.training.run_record import RUN_RECORD
 
 
 class MllmTrainer(Trainer):
@@ -50,7 +55,7 @@ class MllmTrainer(Trainer):
             model=model,
             args=args,
             train_dataset=examples,
-            data_collator=ErrorsAsBatches(PaddingCollator(processor)),
+            data_collator=LeavingOut(PaddingCollator(processor)),
             callbacks=[JsonLog(), Console()],
         )
         self.remove_callback(ProgressCallback)
@@ -63,24 +68,34 @@ class MllmTrainer(Trainer):
         self.parts = dict(parts)
         self.base = base
         self.record = record
+        self.left_out: Counter[str] = Counter()
+        """Rows left out of batches before the checkpoint that the run goes on from, by reason."""
         self.aside: Path | None = None
         self.tower_parameters: list[torch.nn.Parameter] = []
 
     def train_from(self, checkpoint: Path | None) -> None:
         """Train from the beginning, or go on from a checkpoint; one of the last step is only loaded."""
+        if checkpoint is not None:
+            before = json.loads((checkpoint / RUN_RECORD).read_text(encoding="utf-8"))
+            self.left_out = Counter(before["rows"].get("left_out"))
         if checkpoint is not None and (read_complete(checkpoint) or {})["is_last"]:
             self._load_from_checkpoint(str(checkpoint))
         else:
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args, **kwargs) -> tuple[list, Any]:
-        """The micro-batches of a step and their number of supervised tokens; a worker's error is raised here."""
-        return super().get_batch_samples(raising_errors(epoch_iterator), *args, **kwargs)
+        """The micro-batches of a step and their number of supervised tokens; what was left out of them is accounted.
+
+        A step of which every row was left out has nothing to learn, and nothing to divide by either.
+        """
+        batches = usable_batches(epoch_iterator, self.train_dataset.account.add)
+        samples, num_items = super().get_batch_samples(batches, *args, **kwargs)
+        return samples, max(num_items, 1) if isinstance(num_items, int) else num_items.clamp(min=1)
 
     def get_train_dataloader(self) -> DataLoader:
         """This rank's micro-batches. They are planned for all ranks together, so accelerate has nothing to shard."""
         batches = RankBatches(
-            len(self.train_dataset),
+            self.train_dataset.order,
             batch_size=self.args.per_device_train_batch_size,
             rank=self.args.process_index,
             world_size=self.args.world_size,
@@ -147,6 +162,7 @@ class MllmTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Write the checkpoint aside, and give it its name when it is complete."""
+        self._record_left_out()
         name = f"{PREFIX}{self.state.global_step}"
         output_dir = Path(self.args.output_dir)
         self.aside = output_dir / f"{name}.partial"
@@ -164,8 +180,15 @@ class MllmTrainer(Trainer):
         self.aside = None
         self.accelerator.wait_for_everyone()
 
+    def _record_left_out(self) -> None:
+        """What all ranks have left out of their batches so far, for the record that is saved with the weights."""
+        counts = sum(gather_object([self.train_dataset.account.counts]), self.left_out)
+        if counts:
+            self.record["rows"]["left_out"] = dict(counts)
+
     def save_final(self) -> Path:
         """Write the trained model, loadable, as `OUTPUT_DIR/final`."""
+        self._record_left_out()
         final = Path(self.args.output_dir) / FINAL
         state_dict = self.accelerator.get_state_dict(self.model_wrapped) if self.is_deepspeed_enabled else None
         if self.is_world_process_zero():

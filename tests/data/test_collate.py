@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from mllm.data.collate import ErrorsAsBatches, PaddingCollator, raising_errors
+from mllm.data.collate import LeavingOut, PaddingCollator
 from mllm.data.examples import Example, Examples
-from mllm.data.rows import Rows, RowSource, check_media
+from mllm.data.left_out import BAD, LeftOut, usable_batches
+from mllm.data.mixture_file import open_mixture, read_mixture
 from mllm.errors import MediaError
 from mllm.testing import save_tiny_rows, tiny_model
 
@@ -19,7 +20,7 @@ def processor(tmp_path_factory):
 
 @pytest.fixture
 def examples(tmp_path, processor):
-    return Examples(Rows([RowSource(save_tiny_rows(tmp_path / "rows", 6))]), processor)
+    return Examples(open_mixture(read_mixture([str(save_tiny_rows(tmp_path / "rows", 6))])), processor)
 
 
 def test_padding_is_masked_by_length_and_a_padding_id_in_the_text_is_not(examples, processor):
@@ -61,17 +62,43 @@ def test_an_empty_micro_batch_has_tokens_and_nothing_to_learn(processor):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_image_damaged_behind_its_header_is_named(examples, processor, num_workers):
-    path = examples[1].row.media[0].path
-    path.write_bytes(path.read_bytes()[:-100])
-    check_media(examples.rows)  # which reads headers only
-    collate = ErrorsAsBatches(PaddingCollator(processor))
-    loader = DataLoader(examples, batch_size=1, collate_fn=collate, num_workers=num_workers)
+def test_an_image_damaged_behind_its_header_is_raised_with_its_name(examples, processor, num_workers):
+    _damage(examples[1])
+    loader = DataLoader(
+        examples, batch_size=1, collate_fn=LeavingOut(PaddingCollator(processor)), num_workers=num_workers
+    )
     with pytest.raises(MediaError, match="row 'row-1' .*damaged") as caught:
-        list(raising_errors(iter(loader)))
+        list(usable_batches(loader))
     assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_what_cannot_be_trained_on_is_left_out_of_its_batch_and_told(examples, processor, num_workers):
+    _damage(examples[1])
+    collate = PaddingCollator(processor)
+    loader = DataLoader(examples, batch_size=3, collate_fn=LeavingOut(collate), num_workers=num_workers)
+    told = []
+    batches = list(usable_batches(loader, told.append))
+    expected = [collate([examples[n] for n in rows]) for rows in ((0, 2), (3, 4, 5))]
+    for batch, wanted in zip(batches, expected, strict=True):
+        assert batch.keys() == wanted.keys() and all(torch.equal(batch[key], wanted[key]) for key in batch)
+    (row,) = told
+    assert (row.position, row.reason, row.bad.id, row.is_error) == (1, BAD, "row-1", False)
+    assert row.bad.file == str(examples[1].row.media[0].path) and "damaged" in row.bad.reason
+    assert isinstance(row.error, MediaError)
+
+
+def test_a_batch_of_which_nothing_is_left_is_an_empty_one(processor):
+    batch, left_out = LeavingOut(PaddingCollator(processor))([LeftOut(3, "too long"), LeftOut(4, "too long")])
+    assert (batch["labels"] == -100).all() and batch["input_ids"].shape == (1, 2)
+    assert [row.position for row in left_out] == [3, 4]
 
 
 def test_errors_survive_the_way_out_of_a_worker():
     error = pickle.loads(pickle.dumps(MediaError("a", expected="b", do="c")))
     assert isinstance(error, MediaError) and (error.found, error.expected, error.do) == ("a", "b", "c")
+
+
+def _damage(example: Example) -> None:
+    path = example.row.media[0].path
+    path.write_bytes(path.read_bytes()[:-100])

@@ -42,7 +42,7 @@ def test_no_scan_of_evaluation_is_seen_in_training(world):
 
 
 def test_rows_have_their_pictures_and_answers(world):
-    for name in ("caption.jsonl", "mixture.jsonl", *(f"eval/{task}.jsonl" for task in METRICS)):
+    for name in ("caption.jsonl", "places.jsonl", "questions.jsonl", *(f"eval/{task}.jsonl" for task in METRICS)):
         for row in read_rows(world / name):
             items = [item for message in row["messages"] for item in message["content"]]
             assert sum(item["type"] == "image" for item in items) == len(row["media"]) == 1
@@ -83,7 +83,7 @@ def answer_of(task, question, meta):
 def test_same_seed_same_files(world, tmp_path):
     run_recipe(tmp_path / "again", "--seed", "0")
     run_recipe(tmp_path / "other", "--seed", "1")
-    for name in ("mixture.jsonl", "eval/presence.jsonl", "images/000003.png", "recipe.json"):
+    for name in ("questions.jsonl", "eval/presence.jsonl", "images/000003.png", "recipe.json"):
         assert (tmp_path / "again" / name).read_bytes() == (world / name).read_bytes()
         assert (tmp_path / "other" / name).read_bytes() != (world / name).read_bytes()
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mllm import load_model, load_processor
-from mllm.data.rows import Rows, RowSource
+from mllm.data.index import open_index
+from mllm.data.sources import Source
 from mllm.load import merged
 from mllm.processing.images import decode_image
 from mllm.testing import save_tiny_parts, save_tiny_rows
@@ -46,7 +47,7 @@ def test_a_moved_run_still_finds_its_base(train, tmp_path):
 
 def _inputs(checkpoint, directory) -> dict[str, torch.Tensor]:
     """A prompt about one image."""
-    row = Rows([RowSource(save_tiny_rows(directory / "prompt", 2))])[1]
+    row = open_index(Source(save_tiny_rows(directory / "prompt", 2)))[1]
     processor = load_processor(checkpoint)
     chat = processor.encode_chat(
         row.messages[:1], media_sizes=[(row.media[0].height, row.media[0].width)], add_generation_prompt=True

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from mllm import load_model
-from mllm.data.sampler import plan_epoch
+from mllm.data.order import every_row_once
+from mllm.data.sampler import rank_batches
 from mllm.load import merged
 from mllm.testing import save_tiny_rows
 
@@ -39,9 +40,9 @@ RUNS = {
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory) -> Path:
     """Rows of which those of the second rank are text alone in the first epoch, and some in the second."""
-    plan = plan_epoch(NUM_ROWS, batch_size=2, world_size=2, seed=SEED, epoch=0)
-    assert plan[-1][1] == []
-    text_only = {row for step in plan for row in step[1]}
+    second = list(rank_batches(every_row_once(NUM_ROWS)(0, SEED), batch_size=2, rank=1, world_size=2))
+    assert second[-1] == []
+    text_only = {row for batch in second for row in batch}
     directory = tmp_path_factory.mktemp("rows")
     return save_tiny_rows(directory, NUM_ROWS, num_images=lambda number: 0 if number in text_only else 1 + number % 2)
 

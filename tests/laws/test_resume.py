@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mllm.data.collate import PaddingCollator
+
 FULL = {"image.encoder": "full", "image.connector": {"mode": "full", "learning_rate": 3e-3}, "text": "full"}
 LORA = {"image.connector": "full", "text": {"mode": "lora", "rank": 4, "dropout": 0.3}}
 ENCODER_BESIDE_LORA = {"image.encoder": "full", "text": {"mode": "lora", "rank": 4, "dropout": 0.3}}
@@ -45,6 +47,34 @@ def test_resumed_equals_straight(train, tmp_path, parts, options):
     for one, other in zip(states[0]["state"].values(), states[1]["state"].values(), strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)
     assert _losses(straight) == _losses(stopped)
+
+
+def test_a_mixture_goes_on_with_the_same_rows_from_any_step(train, rows, tmp_path, monkeypatch):
+    """Weighted sources, epochs of 5 micro-batches: stopped at every step, the same rows follow in the same batches."""
+    served: list[list[str]] = []
+    collate = PaddingCollator.__call__
+
+    def note(self, examples):
+        served.append([f"{example.row.where} {example.position}" for example in examples])
+        return collate(self, examples)
+
+    monkeypatch.setattr(PaddingCollator, "__call__", note)
+    sources = [{"path": str(rows), "weight": 3, "take": "random:50%"}, {"path": str(rows), "weight": 1}]
+    options = {
+        "data": {"sources": sources, "epoch_rows": 9}, "parts": {"image.connector": "full"}, "max_steps": 8,
+        "save_strategy": "steps", "save_steps": 1,
+    }  # fmt: skip
+    straight = train(tmp_path / "straight", **options)
+    whole = list(served)
+    assert len(whole) == 8 and sorted(map(len, whole)) == [1] + [2] * 7
+    for step in range(1, 8):
+        stopped = shutil.copytree(straight, tmp_path / f"stopped-{step}")
+        for path in _checkpoints(stopped)[step:] + [stopped / "final"]:
+            shutil.rmtree(path)
+        served.clear()
+        train(stopped, **options)
+        assert served == whole[step:]
+        _assert_same_weights(straight / "final", stopped / "final")
 
 
 def test_a_run_stopped_behind_its_last_step_only_writes_its_model(train, tmp_path):

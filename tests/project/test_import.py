@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-OPTIONAL = ["beartype", "bitsandbytes", "datasets", "deepspeed", "gradio", "matplotlib", "playwright", "pytest"]
-OPTIONAL += ["sklearn", "trl"]
+OPTIONAL = ["av", "beartype", "bitsandbytes", "datasets", "deepspeed", "gradio", "matplotlib", "playwright", "pytest"]
+OPTIONAL += ["sklearn", "soundfile", "soxr", "torchcodec", "trl"]
 
 # Everything below runs in a fresh interpreter where those packages do not exist. It prints one line of JSON.
 PROBE = """

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import yaml
 
-from mllm.data.rows import RowSource
+from mllm.data.sources import Source
 from mllm.errors import OptionError
 from mllm.models.parts import PartOptions
 from mllm.training.arguments import UNSUPPORTED, SftArguments, build_arguments, parse_arguments, read_config
@@ -24,8 +24,11 @@ def test_yaml_and_command_line(tmp_path):
     arguments = parse_arguments(["--config", str(config), "--max_steps", "9", "--parts", "{image.connector: full}"])
     assert (arguments.learning_rate, arguments.max_steps, arguments.max_length) == (1e-3, 9, None)
     assert arguments.parts == {"image.connector": PartOptions("full")}
-    assert arguments.data == [RowSource(tmp_path / "rows.jsonl")]
-    assert parse_arguments(["--config", str(config), "--data_root", "/d"]).data[0].path.as_posix() == "/d/rows.jsonl"
+    assert arguments.data.sources == (Source(tmp_path / "rows.jsonl"),)
+    assert (
+        parse_arguments(["--config", str(config), "--data_root", "/d"]).data.sources[0].path.as_posix()
+        == "/d/rows.jsonl"
+    )
 
 
 def test_values_of_many_kinds():
@@ -35,7 +38,7 @@ def test_values_of_many_kinds():
     )  # fmt: skip
     assert arguments.max_steps == -1 and arguments.bf16 is False and arguments.warmup_steps == 0.1
     assert arguments.lr_scheduler_kwargs == {"num_cycles": 2} and arguments.report_to == []
-    assert arguments.data[0].first == 3 and arguments.logging_steps == 10
+    assert arguments.data.sources[0].take == "first:3" and arguments.logging_steps == 10
 
 
 def test_parts_in_both_forms():
@@ -69,8 +72,10 @@ def test_parts_in_both_forms():
         ({"parts": {"text": {"mode": "lora", "rank": 0}}}, "rank at least 1"),
         ({"data": "rows.jsonl"}, "data = 'rows.jsonl'"),
         ({"data": [3]}, "data: 3"),
-        ({"data": [{"path": "a", "weight": 2}]}, "data: {"),
-        ({"data": [{"path": "a", "first": 0}]}, "data: {"),
+        ({"data": [{"path": "a", "wieght": 2}]}, "data: a: unknown key 'wieght'"),
+        ({"data": [{"path": "a", "first": 0}]}, "data: a: first = 0"),
+        ({"on_bad": "ignore"}, "on_bad = 'ignore'"),
+        ({"max_bad_rate": 2}, "max_bad_rate = 2"),
         ({"eval_strategy": "steps", "eval_steps": 5}, "eval_strategy"),
         ({"resume_from_checkpoint": "runs/x"}, "resume_from_checkpoint"),
         ({"dataloader_drop_last": True}, "every row is used exactly once"),
@@ -79,6 +84,12 @@ def test_parts_in_both_forms():
 def test_wrong_options(options, message):
     with pytest.raises(OptionError, match=message):
         _build(**options)
+
+
+def test_what_becomes_of_bad_rows_holds_for_sources_that_do_not_say():
+    data = ["a.jsonl", {"path": "b.jsonl", "on_bad": "error", "max_bad_rate": 0.3}]
+    sources = _build(data=data, on_bad="quarantine", max_bad_rate=0).data.sources
+    assert [(source.on_bad, source.max_bad_rate) for source in sources] == [("quarantine", 0.0), ("error", 0.3)]
 
 
 def test_what_is_refused_is_an_option_somewhere():

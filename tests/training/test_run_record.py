@@ -16,7 +16,7 @@ from mllm.training.run_record import (
 
 RECORD = {
     "model": {"path": "/a", "sha256": {"model.safetensors": "1"}},
-    "data": [{"path": "/rows.jsonl", "rows": 3, "sha256": "2"}],
+    "data": [{"path": "/rows.jsonl", "rows": 3, "sha256": "2", "take": "all", "weight": None}],
     "options": {"learning_rate": 0.1, "seed": 1},
     "world_size": 1,
 }
@@ -37,6 +37,8 @@ def test_a_directory_is_claimed_once_and_the_same_run_goes_on(tmp_path):
         (("model", "sha256", "model.safetensors"), "9", "other model"),
         (("data", 0, "sha256"), "9", "other data"),
         (("data", 0, "rows"), 9, "other data"),
+        (("data", 0, "take"), "end:3", "other data"),
+        (("data", 0, "weight"), 2.0, "other data"),
         (("world_size",), 2, "other world_size"),
     ],
 )
@@ -82,10 +84,12 @@ def test_where_and_how_often_is_written_does_not_make_another_run():
         "logging_steps": 1,
         "disable_tqdm": True,
         "dataloader_num_workers": 2,
+        "on_bad": "quarantine",  # decides whether a run stops, not what it is
     }
     one, other = (resolved_options(build_arguments(base | more, where="")) for more in ({}, changes))
     assert one == other
-    assert one != resolved_options(build_arguments(base | {"learning_rate": 0.1}, where=""))
+    for change in ({"learning_rate": 0.1}, {"data": {"sources": ["a.jsonl"], "temperature": 2}}):
+        assert one != resolved_options(build_arguments(base | change, where=""))
     assert json.loads(json.dumps(one)) == one and "parts" in one
 
 

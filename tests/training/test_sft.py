@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -11,7 +12,11 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 
-from mllm import load_model
+from mllm import load_model, load_processor
+from mllm.data import examples
+from mllm.data.index import open_index
+from mllm.data.sources import Source
+from mllm.data.token_counts import count_tokens
 from mllm.errors import CheckpointError, CompositionError, MediaError, OptionError
 from mllm.load import merged
 from mllm.testing import save_tiny_parts, save_tiny_rows
@@ -112,6 +117,92 @@ def test_an_image_damaged_behind_its_header_ends_the_run_with_its_name(train, tm
     image.write_bytes(image.read_bytes()[:-100])
     with pytest.raises(MediaError, match="row 'row-2' .*damaged"):
         train(tmp_path / "run", data=[str(rows)], parts=CONNECTOR, dataloader_num_workers=num_workers)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_damaged_image_in_quarantine_leaves_its_row_out(train, tmp_path, capsys, num_workers):
+    """The run equals one without that row in its batches, says so, and goes on counting where it was left."""
+    rows = save_tiny_rows(tmp_path / "rows", 6, num_images=lambda number: 1)
+    image = tmp_path / "rows" / "images" / "2-0.png"
+    image.write_bytes(image.read_bytes()[:-100])
+    (tmp_path / "rows" / "images" / "4-0.png").unlink()
+    options = {
+        "data": [str(rows)], "on_bad": "quarantine", "max_bad_rate": 0.2, "parts": CONNECTOR, "max_steps": 6,
+        "save_strategy": "steps", "save_steps": 3, "dataloader_num_workers": num_workers,
+    }  # fmt: skip
+    run = train(tmp_path / "run", **options)
+    entries = [json.loads(line) for line in (run / "quarantine.jsonl").read_text().splitlines()]
+    assert [(entry["id"], entry["found"]) for entry in entries] == [("row-4", "indexing"), ("row-2", "training")]
+    assert "damaged" in entries[1]["reason"] and entries[1]["file"].endswith("2-0.png")
+    record = json.loads((run / "final" / "run.json").read_text())
+    assert record["rows"]["used"] == 5 and record["data"][0]["bad"] == 1
+    assert record["rows"]["left_out"] == {"bad row or media": 2}  # once an epoch
+    assert "rows left out of their batches: {'bad row or media': 2}" in capsys.readouterr().out
+    straight = (run / "final" / "model.safetensors").read_bytes()
+    for name in ("checkpoint-6", "final"):
+        shutil.rmtree(run / name)
+    train(run, **options)
+    assert (run / "final" / "model.safetensors").read_bytes() == straight
+    assert json.loads((run / "final" / "run.json").read_text())["rows"] == record["rows"]
+    assert len((run / "quarantine.jsonl").read_text().splitlines()) == 2
+
+
+def test_too_many_damaged_images_end_the_run(train, tmp_path):
+    rows = save_tiny_rows(tmp_path / "rows", 6, num_images=lambda number: 1)
+    for number in (2, 3):
+        image = tmp_path / "rows" / "images" / f"{number}-0.png"
+        image.write_bytes(image.read_bytes()[:-100])
+    options = {"on_bad": "quarantine", "max_bad_rate": 0.2, "parts": CONNECTOR}
+    with pytest.raises(MediaError, match="2 of 6 rows found to be broken"):
+        train(tmp_path / "run", data=[str(rows)], **options)
+
+
+def test_a_step_of_which_every_row_is_left_out_learns_nothing(train, tmp_path):
+    rows = save_tiny_rows(tmp_path / "rows", 2, num_images=lambda number: 1)
+    for number in (0, 1):
+        image = tmp_path / "rows" / "images" / f"{number}-0.png"
+        image.write_bytes(image.read_bytes()[:-100])
+    run = train(
+        tmp_path / "run", data=[str(rows)], on_bad="quarantine", max_bad_rate=1.0, parts=FULL, optim="sgd",
+        weight_decay=0.0, max_steps=1, logging_steps=1, logging_nan_inf_filter=False,
+    )  # fmt: skip
+    assert [line["loss"] for line in _log(run) if "loss" in line] == [0.0]
+    assert all(torch.isfinite(parameter).all() for parameter in load_model(run / "final").parameters())
+
+
+def test_a_large_mixture_is_trained_on_as_a_small_one_is(train, tmp_path, monkeypatch):
+    """Rows that turn out too long leave their batches; without any, encoding when due changes nothing."""
+    small = train(tmp_path / "small", parts=LORA)
+    monkeypatch.setattr(examples, "ENCODED_AT_START", 5)
+    large = train(tmp_path / "large", parts=LORA, dataloader_num_workers=1)
+    weights = Path("final", "adapter_model.safetensors")
+    assert (small / weights).read_bytes() == (large / weights).read_bytes()
+    cut = train(tmp_path / "cut", parts=LORA, max_length=45, max_steps=6)
+    record = json.loads((cut / "final" / "run.json").read_text())
+    assert record["rows"]["used"] == 12 and record["rows"]["measure"] == "bounded"
+    monkeypatch.undo()
+    measured = json.loads((train(tmp_path / "drop", parts=LORA, max_length=45) / "run.json").read_text())["rows"]
+    assert record["rows"]["left_out"] == measured["dropped"] and measured["used"] < 12
+
+
+def test_a_run_goes_on_with_the_measure_it_began_with(train, rows, assembled, tmp_path, monkeypatch):
+    """Rows that were counted meanwhile would not be drawn, and the order would be another."""
+    monkeypatch.setattr(examples, "ENCODED_AT_START", 5)
+    options = {"parts": LORA, "max_length": 45, "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    run = train(tmp_path / "run", **options)
+    straight = (run / "final" / "adapter_model.safetensors").read_bytes()
+    index = open_index(Source(rows))
+    counts = count_tokens(index, load_processor(assembled))
+    try:
+        assert (counts > 45).any()
+        for name in ("checkpoint-4", "checkpoint-6", "final"):
+            shutil.rmtree(run / name)
+        train(run, **options)
+        assert (run / "final" / "adapter_model.safetensors").read_bytes() == straight
+        other = train(tmp_path / "other", **options)
+        assert json.loads((other / "run.json").read_text())["rows"]["measure"] == "counted"
+    finally:
+        shutil.rmtree(index.derived_dir)  # other tests share these rows
 
 
 @pytest.mark.parametrize(

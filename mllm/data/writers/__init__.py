@@ -1,0 +1,1 @@
+"""Rows to files: our own shards, and the forms that other tools read."""
