@@ -26,7 +26,7 @@ from mllm.data.source_files import source_files
 from mllm.data.sources import Source
 from mllm.errors import OptionError
 
-CHECKED_MEDIA = 50_000
+CHECKED_MEDIA = 20_000
 """Of how many media files, spread evenly, an index is asked whether they are as they were; of the bad ones, all."""
 
 _PARTIAL = ".partial"

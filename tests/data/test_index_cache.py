@@ -180,11 +180,12 @@ def test_what_a_killed_build_leaves_is_not_taken_for_an_index(rows, reopen, monk
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(index_cache, "read_records", killed)
-    process = FORK.Process(target=reopen)
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
-    assert list(tmp_path.glob("cache/*/index-*.partial"))
+    for _ in range(2):
+        process = FORK.Process(target=reopen)
+        process.start()
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+        assert len(list(tmp_path.glob("cache/*/index-*.partial"))) == 1
     monkeypatch.undo()
     assert len(reopen()) == 6
     assert not list(tmp_path.glob("cache/*/index-*.partial"))

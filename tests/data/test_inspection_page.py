@@ -43,7 +43,7 @@ def row(tmp_path):
         {"kind": "image", "path": name, "height": 30, "width": 50} for name in ("<b>&.png", "none.png", "cut.png")
     ]
     content = [*({"type": "image"} for _ in media), {"type": "text", "text": HOSTILE}]
-    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": f"It is {HOSTILE}"}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": f"It is {HOSTILE} {'x' * 400}"}]
     fields = {"id": HOSTILE, "source": HOSTILE, "messages": messages, "media": media}
     return parse_row(fields, where=HOSTILE, root=tmp_path)
 
@@ -155,6 +155,9 @@ def test_a_browser_shows_it(row, processor, chromium, tmp_path, scheme, width):
         assert all(url.startswith(("file:", "data:")) for url in requests)
         # Everything fits the width, every picture loads, and words stand out from what is behind them.
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate(
+            "[...document.querySelectorAll('.text')].every(text => text.scrollWidth <= text.clientWidth)"
+        )
         assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
         for selector in ("body", ".t.user", ".t.learn", ".media", ".none", "figcaption"):
             assert page.locator(selector).first.is_visible(), selector

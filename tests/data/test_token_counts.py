@@ -17,11 +17,12 @@ from mllm.data.token_bounds import token_bounds
 from mllm.data.token_counts import chats_of, count_tokens, fingerprint
 from mllm.errors import RowError
 from mllm.processing.build import add_placeholder, build_processor
-from mllm.processing.chat_lengths import ChatLengths, treats_texts_as_opaque
+from mllm.processing.chat_lengths import Chat, ChatLengths, treats_texts_as_opaque
 from mllm.sizes import ImageTokenRule
 from mllm.testing import tiny_tokenizer
 
 RULE = ImageTokenRule(image_size=16, patch_size=8, num_prefix_tokens=1, feature_select="default")
+ANSWER = {"role": "assistant", "content": "No."}
 PAIRS = [
     *[("qwen", "chatml"), ("qwen", "vicuna_v1"), ("qwen", "plain"), ("llama3", "llama3"), ("llama3", "vicuna_v1")],
     *[("llama2", "vicuna_v1"), ("llama2", "plain"), ("gpt_neox", "vicuna_v1"), ("gpt_neox", "plain")],
@@ -113,11 +114,32 @@ def test_plain_conversations_need_no_encoding(monkeypatch):
     """Else the law above would compare `encode_chat` with itself."""
     processor = _processor("qwen", "chatml")
     lengths = ChatLengths(processor)
-    chat = token_counts.Chat([{"role": "user", "content": "Is there a 5?\n"}, {"role": "assistant", "content": "No."}])
+    chat = Chat([{"role": "user", "content": "Is there a 5?\n"}, {"role": "assistant", "content": "No."}])
     expected = [_encoded_length(chat, processor)]
     monkeypatch.setattr(type(processor), "encode_chat", None)
     assert lengths([chat]) == expected
     assert lengths([]) == []
+
+
+@pytest.mark.parametrize("loss", ["yes", -1, float("nan"), True])
+def test_what_encoding_refuses_counts_as_nothing(loss):
+    lengths = ChatLengths(_processor("qwen", "chatml"))
+    asked = {"role": "user", "content": "Is there a 5?"} | ({"loss": loss} if loss is True else {})
+    chat = Chat([asked, {"role": "assistant", "content": "No.", "loss": loss}])
+    assert _encoded_length(chat, lengths.processor) == 0
+    assert lengths([chat]) == [0]
+
+
+@pytest.mark.parametrize(
+    ("text", "coordinates"), [("\u0958" * 500, ""), ("[1,2,3,4] " * 200, "pixel"), ("\x01" * 1000, "")]
+)
+def test_texts_that_grow_stay_within_their_bound(text, coordinates, indexed):
+    """Under NFC, or with the numbers of their boxes; or that no merge makes shorter."""
+    asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+    index = indexed([asked, ANSWER], coordinates=coordinates)
+    for kind, template in PAIRS[:-4]:
+        processor = _processor(kind, template)
+        assert token_bounds(index, processor)[0] >= count_tokens(index, processor)[0] > 0
 
 
 def test_a_template_that_looks_at_words_is_not_guessed(indexed):
