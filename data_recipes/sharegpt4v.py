@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mllm.data.importers.base import BadRecord, Record
-from mllm.data.read import read_records
+from mllm.data.reading.read import read_records
 from mllm.data.recipe import Part, Recipe, run_recipe
 from mllm.data.recipe_build import Records
 from mllm.data.sources import Source

@@ -40,12 +40,12 @@ from transformers import CLIPImageProcessorPil
 
 from mllm.data.collate import PaddingCollator
 from mllm.data.examples import Examples
-from mllm.data.index import open_index
+from mllm.data.indexing.index import open_index
+from mllm.data.indexing.token_bounds import token_bounds
+from mllm.data.indexing.token_counts import count_tokens
 from mllm.data.mixture import Mixture
 from mllm.data.probe import probe_media
 from mllm.data.sources import Source
-from mllm.data.token_bounds import token_bounds
-from mllm.data.token_counts import count_tokens
 from mllm.processing import MllmProcessor
 from mllm.processing.build import add_placeholder, build_processor
 from mllm.processing.images import decode_image

@@ -23,13 +23,20 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mllm.data.audit import audit_source, spread
-from mllm.data.audit_findings import audit_table, findings
-from mllm.data.audit_page import inspection_page, row_view
-from mllm.data.charts import statistics_charts
-from mllm.data.inspection import Inspected, decode_item, load_reader, open_inspected, pick_rows, reader_of_config
-from mllm.data.row_text import legend, row_text
-from mllm.data.statistics import measure
+from mllm.data.auditing.audit import audit_source, spread
+from mllm.data.auditing.audit_findings import audit_table, findings
+from mllm.data.auditing.audit_page import inspection_page, row_view
+from mllm.data.auditing.charts import statistics_charts
+from mllm.data.auditing.inspection import (
+    Inspected,
+    decode_item,
+    load_reader,
+    open_inspected,
+    pick_rows,
+    reader_of_config,
+)
+from mllm.data.auditing.row_text import legend, row_text
+from mllm.data.auditing.statistics import measure
 from mllm.errors import OptionError, user_errors
 from mllm.training.arguments import read_config
 

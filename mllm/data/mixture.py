@@ -71,7 +71,7 @@ class Mixture(Sequence[Row]):
     """The rows that are used of several indexes, one behind the other.
 
     Args:
-        indexes: Opened sources (`mllm.data.index.RowIndex`).
+        indexes: Opened sources (`mllm.data.indexing.index.RowIndex`).
         temperature: Makes weights of the numbers of rows, see `weighted_order`.
         epoch_rows: Length of an epoch; by default the number of all rows.
         seed: Decides which rows "random:N" takes.

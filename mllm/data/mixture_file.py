@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from mllm.data.index import open_index
+from mllm.data.indexing.index import open_index
 from mllm.data.mixture import Mixture, parse_take
 from mllm.data.schema import COORDINATES
 from mllm.data.sources import ON_BAD, Source

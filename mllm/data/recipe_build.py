@@ -16,14 +16,14 @@ import yaml
 from mllm.checkpoints import atomic_directory
 from mllm.data.importers.base import BadRecord, Drop, EmbeddedBytes, Fields, Importer, ImportProblem, Record
 from mllm.data.importers.preferences import LEFT_OUT
-from mllm.data.index_cache import media_root_of
-from mllm.data.index_format import body_of, text_bytes
-from mllm.data.media_paths import MediaPaths, PathProblem
+from mllm.data.indexing.index_cache import media_root_of
+from mllm.data.indexing.index_format import body_of, text_bytes
+from mllm.data.indexing.media_paths import MediaPaths, PathProblem
+from mllm.data.indexing.row_parser import converted, id_of
 from mllm.data.quarantine import Bad, Quarantine, check_quarantine
-from mllm.data.read import read_records
-from mllm.data.row_parser import converted, id_of
+from mllm.data.reading.read import read_records
+from mllm.data.reading.source_files import source_files
 from mllm.data.schema import Row, has_target_media, parse_row
-from mllm.data.source_files import source_files
 from mllm.data.sources import Source
 from mllm.data.writers.shards import write_shards
 from mllm.errors import OptionError, RowError

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from mllm.data.index import RowIndex
+from mllm.data.indexing.index import RowIndex
+from mllm.data.indexing.token_bounds import token_bounds
+from mllm.data.indexing.token_counts import count_tokens, fingerprint
 from mllm.data.mixture import Mixture
 from mllm.data.schema import MEDIA_KINDS
-from mllm.data.token_bounds import token_bounds
-from mllm.data.token_counts import count_tokens, fingerprint
 from mllm.processing import MllmProcessor
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mllm.data.collate import decode_media
-from mllm.data.index import open_index
+from mllm.data.indexing.index import open_index
 from mllm.data.schema import Row
 from mllm.data.sources import Source
 from mllm.errors import OptionError

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mllm.data.audit import KINDS, audit_source, kind_of
-from mllm.data.index import open_index
-from mllm.data.inspection import decode_item
+from mllm.data.auditing.audit import KINDS, audit_source, kind_of
+from mllm.data.auditing.inspection import decode_item
+from mllm.data.indexing.index import open_index
 from mllm.data.sources import Source
 from mllm.errors import MllmError, RowError
 

@@ -6,11 +6,11 @@ import pytest
 
 from mllm.data import examples as examples_module
 from mllm.data.examples import MEASURES, Example, Examples, encode_row
+from mllm.data.indexing.token_counts import count_tokens
 from mllm.data.labels import IGNORED
 from mllm.data.left_out import BAD, LeftOut
 from mllm.data.mixture import Mixture
 from mllm.data.mixture_file import open_mixture, read_mixture
-from mllm.data.token_counts import count_tokens
 from mllm.errors import OptionError, RowError
 from mllm.testing import save_tiny_rows, tiny_model
 

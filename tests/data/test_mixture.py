@@ -14,7 +14,7 @@ from mllm.errors import OptionError
 
 @dataclass
 class Index:
-    """As `mllm.data.index.RowIndex`, of rows that are only numbers."""
+    """As `mllm.data.indexing.index.RowIndex`, of rows that are only numbers."""
 
     source: Source
     size: int

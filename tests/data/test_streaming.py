@@ -13,7 +13,7 @@ import torch
 
 from mllm.data.collate import LeavingOut, PaddingCollator
 from mllm.data.examples import example_of
-from mllm.data.index import open_index
+from mllm.data.indexing.index import open_index
 from mllm.data.left_out import BAD, LeftOut, usable_batches
 from mllm.data.schema import Row
 from mllm.data.sources import Source

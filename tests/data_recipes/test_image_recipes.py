@@ -7,7 +7,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from mllm.data.index import open_index
+from mllm.data.indexing.index import open_index
 from mllm.data.mixture_file import read_mixture
 from mllm.errors import MediaError, OptionError, RowError
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mllm.data.blobs import read_media_bytes
-from mllm.data.index import open_index
+from mllm.data.indexing.index import open_index
 from mllm.data.mixture_file import read_mixture
 from mllm.data.schema import PreferenceRow, parse_row
 

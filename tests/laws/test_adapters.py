@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mllm import load_model, load_processor
-from mllm.data.index import open_index
+from mllm.data.indexing.index import open_index
 from mllm.data.sources import Source
 from mllm.load import merged
 from mllm.processing.images import decode_image

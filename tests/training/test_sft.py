@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from mllm import load_model, load_processor
 from mllm.data import examples
-from mllm.data.index import open_index
+from mllm.data.indexing.index import open_index
+from mllm.data.indexing.token_counts import count_tokens
 from mllm.data.sources import Source
-from mllm.data.token_counts import count_tokens
 from mllm.errors import CheckpointError, CompositionError, MediaError, OptionError
 from mllm.load import merged
 from mllm.testing import save_tiny_parts, save_tiny_rows

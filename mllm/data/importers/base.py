@@ -64,8 +64,8 @@ class Importer:
         matches: Whether a record is certainly of this form; of all importers, exactly one may say so of any published
             record. Gets the record and the source; must not raise.
         convert: Rows of a record: one or several. Media items hold `kind` and `path` (as published), or `kind` and
-            `bytes` (an `EmbeddedBytes`). Raises `ImportProblem` for a broken record, `Drop` for one that is left out on
-            purpose.
+            `bytes` (an `EmbeddedBytes`). Raises `ImportProblem` for a broken record, and `Drop` for one that is left
+            out on purpose.
         options: Options that `Source.options` may hold, with their defaults.
     """
 

@@ -7,7 +7,7 @@ import pytest
 
 from mllm.data.importers import detect_format
 from mllm.data.importers.base import BadRecord
-from mllm.data.read import read_records
+from mllm.data.reading.read import read_records
 from mllm.data.schema import Row, parse_row
 from mllm.data.sources import Source
 

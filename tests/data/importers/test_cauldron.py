@@ -11,7 +11,7 @@ from PIL import Image
 from mllm.data.blobs import read_blob
 from mllm.data.importers import IMPORTERS, detect_format
 from mllm.data.importers.base import Drop, ImportProblem, Record
-from mllm.data.read import read_records
+from mllm.data.reading.read import read_records
 from mllm.data.schema import Blob
 from mllm.data.sources import Source
 from mllm.errors import OptionError

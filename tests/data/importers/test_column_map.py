@@ -1,7 +1,7 @@
 import pytest
 
 from mllm.data.importers.base import ImportProblem
-from mllm.data.index import open_index
+from mllm.data.indexing.index import open_index
 from mllm.data.schema import PreferenceRow, has_target_media
 from mllm.data.sources import Source
 from mllm.errors import OptionError

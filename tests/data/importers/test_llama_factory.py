@@ -3,7 +3,7 @@ import json
 import pytest
 
 from mllm.data.importers.base import Drop, ImportProblem
-from mllm.data.index import open_index
+from mllm.data.indexing.index import open_index
 from mllm.data.schema import PreferenceRow
 from mllm.data.sources import Source
 from mllm.errors import OptionError

@@ -7,7 +7,7 @@ import pytest
 from mllm.data.importers import IMPORTERS, detect_format
 from mllm.data.importers.base import ImportProblem, Record
 from mllm.data.importers.mdpo import VICUNA_SYSTEM
-from mllm.data.read import read_records
+from mllm.data.reading.read import read_records
 from mllm.data.sources import Source
 
 ROW = {

@@ -6,7 +6,7 @@ import pytest
 
 from mllm.data.importers.base import ImportProblem, Record
 from mllm.data.importers.mllm_rows import IMPORTER
-from mllm.data.index import open_index
+from mllm.data.indexing.index import open_index
 from mllm.data.schema import parse_row
 from mllm.data.sources import Source
 from mllm.data.writers.columns import SCHEMA, cells_of, media_cell

@@ -6,7 +6,7 @@ import pytest
 
 from mllm.data.importers import IMPORTERS, detect_format
 from mllm.data.importers.base import Drop, ImportProblem, Record
-from mllm.data.read import read_records
+from mllm.data.reading.read import read_records
 from mllm.data.sources import Source
 
 ROW = {

@@ -9,7 +9,7 @@ import pytest
 from mllm.data.importers import IMPORTERS, detect_format
 from mllm.data.importers.base import Drop, ImportProblem, Record
 from mllm.data.importers.preferences import LEFT_OUT
-from mllm.data.read import read_records
+from mllm.data.reading.read import read_records
 from mllm.data.sources import Source
 from mllm.errors import OptionError
 

@@ -8,7 +8,7 @@ import pytest
 
 from mllm.data.importers import detect_format
 from mllm.data.importers.base import ImportProblem
-from mllm.data.read import read_records
+from mllm.data.reading.read import read_records
 from mllm.data.sources import Source
 
 IMAGE = {"type": "image"}

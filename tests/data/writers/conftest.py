@@ -10,10 +10,10 @@ from PIL import Image
 from mllm.data.blobs import read_media_bytes
 from mllm.data.importers import detect_format
 from mllm.data.importers.base import BadRecord
-from mllm.data.index_cache import media_root_of
-from mllm.data.media_paths import MediaPaths
-from mllm.data.read import read_records
-from mllm.data.row_parser import RowParser
+from mllm.data.indexing.index_cache import media_root_of
+from mllm.data.indexing.media_paths import MediaPaths
+from mllm.data.indexing.row_parser import RowParser
+from mllm.data.reading.read import read_records
 from mllm.data.schema import Answer, MediaItem, PreferenceRow, Row
 from mllm.data.sources import Source
 

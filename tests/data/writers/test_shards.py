@@ -3,7 +3,7 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from mllm.data.index import open_index
+from mllm.data.indexing.index import open_index
 from mllm.data.schema import MediaItem
 from mllm.data.sources import Source
 from mllm.data.writers.columns import SCHEMA

@@ -1,0 +1,1 @@
+"""Rows checked, measured once, and memory-mapped; their lengths in tokens."""

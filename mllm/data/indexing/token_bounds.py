@@ -1,0 +1,112 @@
+"""An upper bound of every row's tokens, from numbers the index holds: no text is read."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+
+from mllm.data.indexing.index import RowIndex
+from mllm.data.schema import MEDIA_KINDS
+from mllm.processing import MllmProcessor
+from mllm.sizes import num_image_tokens
+
+# How often longer than before a text can be, in UTF-8, behind each part of a normalizer. NFC has a column of its own.
+_GROWTH = {
+    "NFC": 1, "ByteLevel": 1, "Strip": 1, "StripAccents": 1, "Nmt": 1, "Prepend": 1, "NFD": 3, "Lowercase": 2,
+    "NFKC": 11, "NFKD": 11, "Precompiled": 11, "BertNormalizer": 9,
+}  # fmt: skip
+_BOX_GROWTH = 4  # "[1,2,3,4]" may become "[0.001,0.002,0.003,0.004]"
+_AROUND_IMAGE = 4
+_SIDE = 2**30 - 1
+_USER = {"role": "user", "content": "5"}
+_ASSISTANT = {"role": "assistant", "content": "5"}
+_SYSTEM = {"role": "system", "content": "5"}
+
+
+def token_bounds(index: RowIndex, processor: MllmProcessor) -> np.ndarray:
+    """At least as many tokens as `count_tokens` will find, for every row, uint32.
+
+    Why it holds. A token is made of at least one character, or of at least one byte where the tokenizer falls back to
+    bytes: so a text has no more tokens than UTF-8 bytes, behind the normalizer. NFC can make a text longer, and the
+    index knows by how much; for other normalizers the worst case is assumed. A blank that is put in front of a text is
+    one token more for each stretch between two special tokens. Around the words a template writes a text of its own:
+    we take the longest it writes for any message, once for every message and once more, and each byte of it twice,
+    which leaves room for those blanks. An image counts as its rule says. Boxes can grow with their numbers.
+
+    This supposes of a template that is not ours that it writes no text twice, and for a later message no more of its
+    own than for the first ones.
+    """
+    growth, column = _text_growth(processor.tokenizer.backend_tokenizer.to_str())
+    per_row, per_message = _template_bytes(processor)
+    texts = index.column(column).astype(np.int64) * growth
+    texts *= np.where(index.column("has_boxes"), _BOX_GROWTH, 1)
+    # The answer of a preference is no message of its row; `per_row` has room for it.
+    messages = index.column("num_messages").astype(np.int64)
+    bounds = texts + 2 * (per_row + per_message * messages) + _media_bounds(index, processor)
+    return bounds.clip(max=0xFFFFFFFF).astype(np.uint32)
+
+
+def _media_bounds(index: RowIndex, processor: MllmProcessor) -> np.ndarray:
+    rows, kinds, heights, widths = index.media_columns("kind", "height", "width")
+    rule = processor.image_token_rule
+    if rule is None or not len(rows):
+        return np.zeros(len(index), np.int64)
+    # One number for each size: sorting rows of an array takes seconds.
+    packed = (kinds.astype(np.int64) << 60) + (heights.astype(np.int64) << 30) + widths
+    sizes, which = np.unique(packed, return_inverse=True)
+    # A row with media of other kinds is refused. A template may write a newline behind a placeholder.
+    tokens = [
+        num_image_tokens((size >> 30) & _SIDE, size & _SIDE, rule) + _AROUND_IMAGE
+        if MEDIA_KINDS[size >> 60] == "image"
+        else 0
+        for size in sizes.tolist()
+    ]
+    return np.bincount(rows, np.array(tokens)[which], minlength=len(index)).astype(np.int64)
+
+
+def _template_bytes(processor: MllmProcessor) -> tuple[int, int]:
+    """Bytes that the template writes of its own: at most once a conversation, two messages included, and a message."""
+
+    def size(*messages: dict[str, str]) -> int:
+        return len(processor.apply_chat_template(list(messages), tokenize=False).encode())
+
+    one, two = size(_USER, _ASSISTANT), size(_USER, _ASSISTANT, _USER, _ASSISTANT)
+    try:
+        with_system = size(_SYSTEM, _USER, _ASSISTANT)
+    except TemplateError:
+        with_system = one  # such a row is refused
+    return max(one, with_system) + processor.tokenizer.num_special_tokens_to_add(pair=False), two - one
+
+
+def _text_growth(tokenizer: str) -> tuple[int, str]:
+    """The factor of the normalizer, and the column of the index that it applies to."""
+    fields = json.loads(tokenizer)
+    vocabulary = {token if isinstance(token, str) else token[0] for token in fields["model"].get("vocab", {})}
+    growth = 1
+    column = "num_bytes"
+    for part in _parts(fields.get("normalizer")):
+        if part["type"] == "NFC":
+            column = "num_nfc_bytes"
+        if part["type"] == "Replace":
+            growth *= _replacement_growth(part, vocabulary)
+        else:
+            growth *= _GROWTH.get(part["type"], max(_GROWTH.values()))
+    return growth, column
+
+
+def _replacement_growth(part: dict[str, Any], vocabulary: set[str]) -> int:
+    """Characters that the vocabulary holds are one token at most, however many bytes they have."""
+    content = part["content"]
+    units = sum(1 if letter in vocabulary else len(letter.encode()) for letter in content)
+    pattern = part["pattern"].get("String", "")
+    return max(1, -(-units // max(1, len(pattern.encode()))))
+
+
+def _parts(normalizer: dict[str, Any] | None) -> Sequence[dict[str, Any]]:
+    if normalizer is None:
+        return []
+    if normalizer["type"] == "Sequence":
+        return [part for inner in normalizer["normalizers"] for part in _parts(inner)]
+    return [normalizer]

@@ -1,0 +1,1 @@
+"""Published files to records, streamed."""
