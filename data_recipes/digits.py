@@ -6,7 +6,7 @@ appears in evaluation.
 
     python data_recipes/digits.py --out runs/digits --seed 0
 
-writes (media paths are relative to DIR, also in `eval/`, hence the `../`):
+writes
 
     images/*.png           the pictures
     cells.jsonl            what stands in each cell: for an encoder that is trained here
@@ -16,7 +16,7 @@ writes (media paths are relative to DIR, also in `eval/`, hence the `../`):
     questions.jsonl        the same kinds of questions in any order, and
     caption.jsonl          one caption per picture: for supervised fine-tuning
     eval/{caption,position,count,color,presence}.jsonl, eval/cells.jsonl
-                           one question of each kind per picture of unseen handwriting
+                           one question of each kind per picture of unseen handwriting (eval/images/*.png)
     recipe.json            written last: counts, seed, split, source and licence
 """
 
@@ -89,11 +89,11 @@ def build(out: Path, seed: int, num_scenes: int, text_share: float, num_eval_sce
     scans, labels = load_scans()
     train_scans, eval_scans = split_scans(labels, seed)
     (out / "images").mkdir(parents=True)
-    (out / "eval").mkdir()
+    (out / "eval" / "images").mkdir(parents=True)
 
     rng, by_digit = random.Random(f"{seed}/train"), group_by_digit(train_scans, labels)
     scenes = [draw_scene(rng, by_digit) for _ in range(num_scenes)]
-    images = draw_images(out, scenes, scans, f"{seed}/train", first=0)
+    images = draw_images(out, scenes, scans, f"{seed}/train")
     rows = {
         "cells": [cell_row(scene, image) for scene, image in zip(scenes, images, strict=True)],
         "caption": [question_row(rng, "caption", scene, image) for scene, image in zip(scenes, images, strict=True)],
@@ -107,8 +107,7 @@ def build(out: Path, seed: int, num_scenes: int, text_share: float, num_eval_sce
 
     rng, by_digit = random.Random(f"{seed}/eval"), group_by_digit(eval_scans, labels)
     scenes = [draw_scene(rng, by_digit) for _ in range(num_eval_scenes)]
-    images = draw_images(out, scenes, scans, f"{seed}/eval", first=num_scenes)
-    images = [{**image, "path": f"../{image['path']}"} for image in images]
+    images = draw_images(out / "eval", scenes, scans, f"{seed}/eval")
     rows["eval/cells"] = [cell_row(scene, image) for scene, image in zip(scenes, images, strict=True)]
     for task in QUESTIONS:
         rows[f"eval/{task}"] = [
@@ -178,11 +177,11 @@ def single_digits(digits: list[int]) -> list[int]:
     return [digit for digit in digits if digits.count(digit) == 1]
 
 
-def draw_images(out: Path, scenes: list[list[dict]], scans: np.ndarray, seed: str, *, first: int) -> list[dict]:
+def draw_images(out: Path, scenes: list[list[dict]], scans: np.ndarray, seed: str) -> list[dict]:
     """Write one PNG per scene; returns their media items."""
     rng = np.random.default_rng(list(seed.encode()))
     media = []
-    for number, scene in enumerate(scenes, start=first):
+    for number, scene in enumerate(scenes):
         path = f"images/{number:06d}.png"
         Image.fromarray(draw_picture(rng, scene, scans)).save(out / path, compress_level=1)
         media.append({"kind": "image", "path": path, "height": 3 * CELL, "width": 3 * CELL})

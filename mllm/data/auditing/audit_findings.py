@@ -25,7 +25,7 @@ class Finding(NamedTuple):
 
 def findings(audits: Sequence[SourceAudit]) -> list[Finding]:
     """The findings of all sources, the worst first."""
-    found = [finding._replace(source=audit.name) for audit in audits for finding in _of_source(audit)]
+    found = [Finding(*finding[:-1], source=audit.name) for audit in audits for finding in _of_source(audit)]
     return sorted(found, key=lambda finding: LEVELS.index(finding.level))
 
 

@@ -73,7 +73,7 @@ def inspection_page(
     environment = jinja2.Environment(
         autoescape=True, finalize=_finalized, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    text = resources.files("mllm.data").joinpath("templates/inspect.jinja").read_text(encoding="utf-8")
+    text = resources.files("mllm.data.auditing").joinpath("templates/inspect.jinja").read_text(encoding="utf-8")
     return environment.from_string(text).render(
         title=title,
         facts=facts,
