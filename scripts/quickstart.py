@@ -4,7 +4,7 @@
 
 Every step is an ordinary program of this project in a process of its own, with the command printed, so each can be
 tried alone. A step that is done is not done again: after an interruption the same command goes on. At the end stand a
-table, `OUT/report.json` and `OUT/chat.png`.
+table, `OUT/report.json`, `OUT/chat.png` and `OUT/rows.html`, a page of rows as the model read them.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from mllm.errors import CheckpointError, MllmError, user_errors
 from mllm.evaluation.quickstart_report import draw_chat, format_table, summarize
 
 ROOT = Path(__file__).resolve().parent.parent
-BUDGET = {"data": 15, "backbones": 170, "train": 260, "evaluate": 18, "export": 12, "chat": 5}
-"""Seconds each step may take on two cores; later capabilities join within ten minutes."""
+BUDGET = {"data": 15, "backbones": 170, "train": 260, "look": 12, "evaluate": 18, "export": 12, "chat": 5}
+"""Seconds each step may take on two cores: the spine eight minutes, what joins it ten with it."""
 QUESTION = "What is in the picture?"
 
 
@@ -57,7 +57,7 @@ def run(out: Path, seed: int) -> dict:
     write_json(out / "report.json", report)
     draw_chat(picture(out), QUESTION, done["chat"]["output"], out / "chat.png")
     print(format_table(report))
-    print(f"\nreport: {out / 'report.json'}    picture: {out / 'chat.png'}\n\nNext, try:")
+    print(f"\nreport: {out / 'report.json'}    picture: {out / 'chat.png'}    rows: {out / 'rows.html'}\n\nNext, try:")
     for line in next_commands(out):
         print(f"  {line}")
     return report
@@ -72,6 +72,8 @@ def command(name: str, out: Path, seed: int) -> list[str]:
         "train": ["train/run.py", "train/configs/quickstart.yaml", "--output_dir", out / "run", "--data_root", data]
         + ["--set", f"model.image_encoder={parts / 'encoder'}", f"model.language_model={parts / 'llm'}"]
         + [f"model.seed={seed}", f"seed={seed}"],
+        "look": ["scripts/inspect_data.py", "show", "--data", data / "questions.jsonl", data / "caption.jsonl"]
+        + ["--model", model, "--rows", 6, "--html", out / "rows.html"],
         "evaluate": ["scripts/evaluate_model.py", model, "--rows", data / "eval", "--out", out / "evaluation.json"],
         "export": ["scripts/export.py", model, "--out", out / "export", "--rows", data / "eval" / "caption.jsonl"],
         "chat": ["scripts/chat.py", model, "--image", picture(out) if name == "chat" else None],
@@ -163,6 +165,7 @@ def next_commands(out: Path) -> list[str]:
         f"make demo MODEL={model}                    # chat in the browser",
         f"python scripts/chat.py {model} --image {picture(out)}",
         f"python scripts/export.py {model} --out my-export --push_to_hub ORG/NAME",
+        f"python scripts/inspect_data.py audit --data {out / 'data' / 'caption.jsonl'}",
         "python train/run.py --help",
     ]
 
