@@ -102,9 +102,9 @@ def train_encoder(data: Path, out: Path, steps: int) -> dict:
         digit_loss = cross_entropy(digit_logits, digits[rows].flatten())
         colour_loss = cross_entropy(colour_logits, colours[rows].flatten(), ignore_index=IGNORED)
         # Nothing but this keeps the place in the features: without it they forget where a patch was, which an encoder
-        # of photographs never can. Easily learned, so a tenth will do.
+        # of photographs never can. A weight of 0.02 is too little for it.
         places = torch.arange(sections[-1]).repeat(len(rows))
-        return digit_loss + colour_loss + 0.1 * cross_entropy(place_logits, places)
+        return digit_loss + colour_loss + 0.3 * cross_entropy(place_logits, places)
 
     epochs = [torch.randperm(len(pixels)) for _ in range(128 * steps // len(pixels) + 1)]
     batches = torch.cat(epochs).split(128)[:steps]
