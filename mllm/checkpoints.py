@@ -35,7 +35,7 @@ def atomic_directory(target: str | Path, *, kind: str, facts: dict[str, Any] | N
         mark_complete(partial, kind=kind, facts=facts)
         refuse_existing(target)
         partial.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -44,11 +44,11 @@ def atomic_directory(target: str | Path, *, kind: str, facts: dict[str, Any] | N
 def mark_complete(directory: Path, *, kind: str, facts: dict[str, Any] | None = None) -> None:
     """Sync every file below `directory`, then write and sync its `complete.json`."""
     for path in sorted(directory.rglob("*")):
-        _sync(path)
+        sync(path)
     record = {"kind": kind, "mllm": __version__, **(facts or {})}
     (directory / COMPLETE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    _sync(directory / COMPLETE)
-    _sync(directory)
+    sync(directory / COMPLETE)
+    sync(directory)
 
 
 def refuse_existing(target: Path) -> None:
@@ -75,7 +75,8 @@ def read_complete(directory: str | Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file, or the names in a directory, on the disk before anything else is done."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -8,6 +8,7 @@ audit  looks at every row and at the header of every media file: what is missing
        duplicated, or teaches nothing. Exit status 1 if something cannot be used.
 show   prints rows as the model will read them: every token with its role, and whether it is learned.
 stats  draws the lengths of rows and the composition of batches.
+count  counts the tokens of every row, once: training on more than 20,000 rows then knows all lengths at its start.
 
 Without --model (a checkpoint or a language model's tokenizer) there are texts and media, but no tokens.
 """
@@ -37,6 +38,7 @@ from mllm.data.auditing.inspection import (
 )
 from mllm.data.auditing.row_text import legend, row_text
 from mllm.data.auditing.statistics import measure
+from mllm.data.indexing.token_counts import count_tokens
 from mllm.errors import OptionError, user_errors
 from mllm.training.arguments import read_config
 
@@ -59,7 +61,7 @@ HELP = {  # option: (for which commands, what argparse is told)
 
 def main() -> None:
     args = parse_options()
-    commands = {"audit": audit, "show": show, "stats": stats}
+    commands = {"audit": audit, "show": show, "stats": stats, "count": count}
     with user_errors():
         with tqdm(desc="indexing", unit=" rows", disable=None, leave=False) as bar:
             data = open_data(args, bar.update)
@@ -109,11 +111,23 @@ def stats(args: argparse.Namespace, data: Inspected) -> int:
     return 0
 
 
+def count(args: argparse.Namespace, data: Inspected) -> int:
+    """Count the tokens of all rows under the reader; the counts are kept with the index."""
+    if data.processor is None:
+        raise OptionError("no --model", expected="whose tokens to count", do="name the model that will be trained")
+    for index in data.indexes:
+        with tqdm(total=len(index), desc=Path(index.source.path).name, unit=" rows", disable=None) as bar:
+            tokens = count_tokens(index, data.processor, progress=bar.update)
+        longest = int(tokens.max(initial=0))
+        print(f"{index.source.path}: {len(tokens):,} rows, {int(tokens.sum()):,} tokens, longest {longest:,}")
+    return 0
+
+
 def parse_options() -> argparse.Namespace:
     """The command line; each command says only what holds for it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="audit|show|stats")
-    for name in ("audit", "show", "stats"):
+    commands = parser.add_subparsers(dest="command", required=True, metavar="audit|show|stats|count")
+    for name in ("audit", "show", "stats", "count"):
         command = commands.add_parser(name, description=__doc__, formatter_class=parser.formatter_class)
         add_data_options(command)
         group = command.add_argument_group(f"of {name}")

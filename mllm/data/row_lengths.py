@@ -7,7 +7,7 @@ import numpy as np
 
 from mllm.data.indexing.index import RowIndex
 from mllm.data.indexing.token_bounds import token_bounds
-from mllm.data.indexing.token_counts import count_tokens, fingerprint
+from mllm.data.indexing.token_counts import count_tokens, has_counts
 from mllm.data.mixture import Mixture
 from mllm.data.schema import MEDIA_KINDS
 from mllm.processing import MllmProcessor
@@ -15,8 +15,7 @@ from mllm.processing import MllmProcessor
 
 def are_counted(rows: Mixture, processor: MllmProcessor) -> bool:
     """Whether the tokens of all rows were counted before, by `count_tokens` under this very processor."""
-    name = f"tokens-{fingerprint(processor)[:32]}.npy"
-    return all((index.derived_dir / name).is_file() for index in rows.indexes)
+    return all(has_counts(index, processor) for index in rows.indexes)
 
 
 def counted_lengths(

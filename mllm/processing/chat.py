@@ -113,7 +113,7 @@ class ChatEncoder:
         mark = self._choose_mark(list(words_of(turns)), where)
         if mark is not None:
             turns = rewritten(turns, lambda text: cut_control_tokens(text, self.control_pattern, mark))
-        text, spans = self._render(turns, add_generation_prompt, where)
+        text, spans = self.render(turns, add_generation_prompt, where)
         weights = assistant_weights(messages, num_spans=len(spans), where=where)
         ids, starts, ends = self._tokenize(text, mark)
         loss_weights = [0.0] * len(ids)
@@ -135,7 +135,7 @@ class ChatEncoder:
             do="drop the row, or take these characters out",
         )
 
-    def _render(
+    def render(
         self, turns: list[dict[str, Any]], add_generation_prompt: bool, where: str
     ) -> tuple[str, list[tuple[int, int]]]:
         """The template's output, and which characters of it the assistant says."""
@@ -162,7 +162,7 @@ class ChatEncoder:
         # As stock processors do: the tokenizer adds its BOS unless the template wrote one.
         bos = self.tokenizer.bos_token
         add_special_tokens = bos is None or not text.startswith(bos)
-        encoding = self._backend().encode(first, add_special_tokens=add_special_tokens)
+        encoding = self.backend().encode(first, add_special_tokens=add_special_tokens)
         ids, offsets, position = encoding.ids, encoding.offsets, len(first)
         for piece in others:
             position += 1  # the mark
@@ -177,7 +177,7 @@ class ChatEncoder:
 
         SentencePiece puts a blank at the start of a text; stock `encode_marked_chat` avoids it in the same way.
         """
-        backend = self._backend()
+        backend = self.backend()
         encoding = backend.encode("\n" + piece, add_special_tokens=False)
         skipped = len(self.newline_ids)
         if encoding.ids[:skipped] == self.newline_ids:
@@ -185,7 +185,7 @@ class ChatEncoder:
         encoding = backend.encode(piece, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
-    def _backend(self) -> Tokenizer:
+    def backend(self) -> Tokenizer:
         """The tokenizer without the padding or truncation that an earlier call of its wrapper may have left set."""
         backend = self.tokenizer.backend_tokenizer
         if backend.truncation is not None:

@@ -59,7 +59,7 @@ class ChatLengths:
 
     def __init__(self, processor: MllmProcessor):
         self.processor = processor
-        self._encoder: ChatEncoder = processor._chat_encoder()
+        self._encoder: ChatEncoder = processor.chat_encoder()
         self._is_ours = treats_texts_as_opaque(processor)
         control = control_tokens(processor.tokenizer, processor.image_token, processor.end_of_turn_token)
         self._first_letters = tuple({token[0] for token in control if len(token) > 1})
@@ -81,14 +81,14 @@ class ChatLengths:
     def _tokenized(self, chats: Sequence[Chat], texts: list[str | None]) -> list[int | None]:
         """Lengths of rendered texts; None where there is no text, or where placeholders and images disagree."""
         lengths: list[int | None] = [None] * len(texts)
-        backend, placeholder = self._encoder._backend(), self._encoder.image_token_id
+        backend, placeholder = self._encoder.backend(), self._encoder.image_token_id
         for adds in (False, True):
             numbers = [n for n, text in enumerate(texts) if text is not None and self._adds_special(text) is adds]
             batch = backend.encode_batch_fast([str(texts[n]) for n in numbers], add_special_tokens=adds)
             for number, encoding in zip(numbers, batch, strict=True):
                 sizes = chats[number].media_sizes
                 if (0 if placeholder is None else encoding.ids.count(placeholder)) == len(sizes):
-                    images = sum(self.processor._num_image_tokens(height, width) for height, width in sizes)
+                    images = sum(self.processor.num_image_tokens(height, width) for height, width in sizes)
                     lengths[number] = len(encoding) - len(sizes) + images
         return lengths
 
@@ -127,7 +127,7 @@ class ChatLengths:
             for role, content in key
         ]
         try:
-            text, spans = self._encoder._render(turns, False, "the conversation")
+            text, spans = self._encoder.render(turns, False, "the conversation")
         except RowError:
             return None
         pieces = _STAND_IN.split(text)

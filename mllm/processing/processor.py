@@ -130,9 +130,9 @@ class MllmProcessor(ProcessorMixin):
         Raises:
             RowError: A message is malformed, or images and placeholders disagree.
         """
-        return self._chat_encoder().encode(
+        return self.chat_encoder().encode(
             messages,
-            image_lengths=[self._num_image_tokens(height, width) for height, width in media_sizes],
+            image_lengths=[self.num_image_tokens(height, width) for height, width in media_sizes],
             add_generation_prompt=add_generation_prompt,
             where=where,
         )
@@ -147,13 +147,14 @@ class MllmProcessor(ProcessorMixin):
     def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs) -> str:
         """Stock `__call__` asks what to write for an image: its placeholders."""
         height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
-        return str(self.image_token) * self._num_image_tokens(height, width)
+        return str(self.image_token) * self.num_image_tokens(height, width)
 
-    def _num_image_tokens(self, height: int, width: int) -> int:
+    def num_image_tokens(self, height: int, width: int) -> int:
+        """How many placeholders stand for an image of this size; 0 where the model reads none."""
         rule = self.image_token_rule
         return 0 if rule is None else num_image_tokens(height, width, rule)
 
-    def _chat_encoder(self) -> ChatEncoder:
+    def chat_encoder(self) -> ChatEncoder:
         """Made when first needed, and again when the template or the vocabulary has changed."""
         encoder = self._encoder
         if encoder is None or not encoder.belongs_to(self.tokenizer, self.chat_template):

@@ -59,6 +59,7 @@ def test_files_count_by_content_so_that_a_run_may_be_moved(tmp_path):
     moved = copy.deepcopy(RECORD)
     moved["model"]["path"], moved["data"][0]["path"] = "/b", "/c/rows.jsonl"
     claim_directory(tmp_path / "run", moved)
+    assert json.loads((tmp_path / "run" / RUN_RECORD).read_text()) == RECORD  # the record stays the first one
 
 
 def test_somebody_elses_directory_is_refused(tmp_path):
@@ -74,6 +75,7 @@ def test_what_stands_before_the_record_is_ours(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "stage.yaml").write_text("")
     claim_directory(tmp_path, RECORD)
+    assert json.loads((tmp_path / RUN_RECORD).read_text()) == RECORD
 
 
 def test_where_and_how_often_is_written_does_not_make_another_run():

@@ -57,7 +57,7 @@ def count_tokens(
     if not len(index):
         return np.empty(0, np.uint32)
     index.derived_dir.mkdir(parents=True, exist_ok=True)
-    done = index.derived_dir / f"tokens-{fingerprint(processor)[:32]}.npy"
+    done = _counts_file(index, processor)
     with FileLock(f"{done}.lock"):
         if not done.exists():
             partial = _open_partial(done.with_suffix(".partial"), len(index))
@@ -73,6 +73,15 @@ def count_tokens(
             partial.flush()
             done.with_suffix(".partial").rename(done)
     return np.load(done, mmap_mode="r")
+
+
+def has_counts(index: RowIndex, processor: MllmProcessor) -> bool:
+    """Whether `count_tokens` has been through these rows under this very processor."""
+    return not len(index) or _counts_file(index, processor).is_file()
+
+
+def _counts_file(index: RowIndex, processor: MllmProcessor) -> Path:
+    return index.derived_dir / f"tokens-{fingerprint(processor)[:32]}.npy"
 
 
 def fingerprint(processor: MllmProcessor) -> str:

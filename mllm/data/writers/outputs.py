@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mllm.checkpoints import sync
 from mllm.errors import OptionError
 
 
@@ -23,12 +24,12 @@ def new_directory(directory: Path) -> Iterator[Path]:
     try:
         yield partial
         for file in partial.iterdir():
-            _sync(file)
+            sync(file)
         partial.rename(directory)
     except BaseException:
         shutil.rmtree(partial)
         raise
-    _sync(directory.parent)
+    sync(directory.parent)
 
 
 @contextmanager
@@ -42,12 +43,12 @@ def new_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
-        _sync(partial)
+        sync(partial)
         partial.rename(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def write_json_array(path: Path, objects: Iterable[Any]) -> None:
@@ -71,11 +72,3 @@ def _partial(path: Path) -> Path:
     if path.exists():
         raise OptionError(f"{path} is there already", expected="a new name", do="remove it, or choose another name")
     return path.with_name(f"{path.name}.partial-{os.getpid()}")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

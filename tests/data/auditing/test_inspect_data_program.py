@@ -11,6 +11,12 @@ import pytest
 import yaml
 from PIL import Image
 
+from mllm import load_processor
+from mllm.data.examples import encode_row
+from mllm.data.indexing.index import open_index
+from mllm.data.indexing.token_counts import has_counts
+from mllm.data.sources import Source
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -155,6 +161,19 @@ def test_a_training_configuration(inspect, llava, media, assembled, tmp_path):
     config.write_text(yaml.safe_dump({"model": str(assembled), "data": data, "max_length": 40}))
     status, said = inspect("audit", "--config", config)
     assert status == 1 and "licence: CC BY 4.0" in said and "longer than 40 tokens" in said
+
+
+def test_counts_are_kept_for_training(inspect, llava, media, assembled):
+    options = ["--data", llava, "--media_root", media]
+    source = Source(llava, media_root=media, on_bad="quarantine", max_bad_rate=1.0)
+    assert not has_counts(open_index(source), load_processor(assembled))
+    status, said = inspect("count", *options, "--model", assembled)
+    index, processor = open_index(source), load_processor(assembled)
+    assert status == 0 and has_counts(index, processor)
+    tokens = sum(len(encode_row(row, processor).input_ids) for row in index)
+    assert f"{len(index):,} rows, {tokens:,} tokens" in said
+    status, said = inspect("count", *options)
+    assert status == 2 and "no --model" in said
 
 
 def test_an_audit_looks_at_the_rows_that_are_taken(inspect, llava, media, tmp_path):
