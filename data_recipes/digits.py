@@ -44,11 +44,11 @@ ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 PLACES = tuple(f"{row} {column}" for row in ROWS for column in COLUMNS)  # of the nine cells, in reading order
 CELL = 16  # pixels; the canvas is 3 x 3 cells
 MAX_DIGITS = 5
-LESSONS = (  # of the text rows: how many, fewest digits of a scene, places in its words, how often each question
-    (4800, 3, False, {"color": 1}),  # one kind at a time, and no scene with one digit: a guess must not pay
-    (19200, 3, True, {"color": 1, "position": 4}),
-    (9600, 1, True, {"color": 1, "position": 2, "presence": 1, "count": 2}),
-    (25600, 1, True, {"color": 1, "position": 2, "presence": 1, "count": 1, "caption": 2}),
+LESSONS = (  # of the text rows: how many, questions each, fewest digits of a scene, places in its words, kinds
+    (1600, 1, 3, False, {"color": 1}),  # one kind at a time, and no scene with one digit: a guess must not pay
+    (6400, 3, 3, True, {"color": 1, "position": 4}),
+    (4800, 3, 1, True, {"color": 1, "position": 2, "presence": 1, "count": 2}),
+    (17600, 1, 1, True, {"color": 1, "position": 2, "presence": 1, "count": 1, "caption": 2}),
 )
 EVAL_FRACTION = 0.2  # of the scans of each digit
 QUESTIONS = {
@@ -236,15 +236,15 @@ def questions_row(rng: random.Random, name: str, scene: list[dict], image: dict)
 
 
 def text_rows(rng: random.Random, by_digit: list[list[int]], share: float) -> list[dict]:
-    """One question a row, about a scene that is written out where a picture would stand; lesson after lesson."""
+    """Questions about a scene that is written out where a picture would stand; lesson after lesson."""
     rows = []
-    for count, min_digits, with_places, weights in LESSONS:
-        for task in rng.choices(list(weights), weights.values(), k=math.ceil(count * share)):
+    for count, num_questions, min_digits, with_places, weights in LESSONS:
+        for _ in range(math.ceil(count * share)):
             scene = draw_scene(rng, by_digit, min_digits=min_digits)
-            question, answer = ask(rng, task, scene)
-            text = write_cells(scene, with_places=with_places)
-            meta = {"task": task, **describe_scene(scene)}
-            row = make_row("digits/text", [(f"{text}\n{question}", answer)], None, meta)
+            tasks = rng.choices(list(weights), weights.values(), k=num_questions)
+            (question, answer), *more = [ask(rng, task, scene) for task in tasks]
+            turns = [(f"{write_cells(scene, with_places=with_places)}\n{question}", answer), *more]
+            row = make_row("digits/text", turns, None, {"tasks": tasks, **describe_scene(scene)})
             rows.append({**row, "id": f"digits/text/{len(rows):06d}"})
     return rows
 

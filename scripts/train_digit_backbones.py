@@ -108,8 +108,8 @@ def train_encoder(data: Path, out: Path, steps: int) -> dict:
 
     epochs = [torch.randperm(len(pixels)) for _ in range(128 * steps // len(pixels) + 1)]
     batches = torch.cat(epochs).split(128)[:steps]
-    parameters = [*encoder.parameters(), *head.parameters()]
-    optimise(parameters, (lambda batch=batch: loss(batch) for batch in batches), steps, 2e-3, "encoder")
+    trained = torch.nn.ModuleDict({"encoder": encoder, "head": head})
+    optimise(trained, (lambda batch=batch: loss(batch) for batch in batches), steps, "encoder")
 
     encoder.eval()
     with torch.no_grad():
@@ -186,10 +186,10 @@ def train_llm(data: Path, out: Path, steps: int) -> dict:
     batches = make_batches(input_ids[:-held_out], labels[:-held_out], batch_size=32)
     steps = min(steps, len(batches))
     losses = (lambda batch=batch: loss(*batch) for batch in batches[:steps])
-    optimise(list(llm.parameters()), losses, steps, 2e-3, "llm")
+    optimise(llm, losses, steps, "llm")
 
     llm.eval()
-    tasks = [row["meta"]["task"] for row in rows[-held_out:]]
+    tasks = [row["meta"]["tasks"][0] for row in rows[-held_out:]]  # one question each in the last lesson
     llm.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     llm.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -279,18 +279,39 @@ def to_tensors(ids: list[list[int]], masks: list[list[int]], pad: int) -> tuple[
 # Both
 
 
-def optimise(parameters: list, losses: Iterable, steps: int, peak_rate: float, name: str) -> None:
-    """AdamW with warm-up and, in the last third, decay; `losses` has a function a step, which returns the loss."""
-    optimizer = torch.optim.AdamW(parameters, lr=peak_rate, betas=(0.9, 0.98), weight_decay=0.05)
+def optimise(model: torch.nn.Module, losses: Iterable, steps: int, name: str) -> None:
+    """Muon for the matrices of the layers, AdamW for all else, with warm-up and, in the last third, decay.
+
+    With AdamW alone it was a matter of luck, that is of the seed, whether the language model learned what a place is.
+
+    Args:
+        model: What is trained.
+        losses: A function a step, which returns the loss.
+        steps: How many.
+        name: For the progress bar.
+    """
+    named = dict(model.named_parameters())
+    matrices = [weight for key, weight in named.items() if ".layers." in key and weight.ndim == 2]
+    others = [weight for key, weight in named.items() if not (".layers." in key and weight.ndim == 2)]
+    settings: dict = {"weight_decay": 0.05}
+    optimizers = (
+        torch.optim.Muon(matrices, lr=4e-3, adjust_lr_fn="match_rms_adamw", **settings),
+        torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.98), **settings),
+    )
     warm_up, decay = max(1, steps // 20), max(1, steps // 3)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min((n + 1) / warm_up, 1, (steps - n) / decay))
+        for optimizer in optimizers
+    ]
     progress = tqdm(losses, desc=name, unit="step", total=steps)
     for step, loss in enumerate(progress):
-        optimizer.param_groups[0]["lr"] = peak_rate * min((step + 1) / warm_up, 1, (steps - step) / decay)
         value = loss()
         value.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
         if step % 20 == 0:
             progress.set_postfix(loss=f"{value.item():.3f}")
 
