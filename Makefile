@@ -16,8 +16,12 @@ MODEL       ?= $(OUT)/run/sft/final
 VENV   := .venv
 LOWEST := .venv-lowest
 BIN    := $(VENV)/bin
+DEV    := '.[quickstart,serve,data,deepspeed,bnb,bench,dev]'
 INSTALL = -m pip install --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 PYTEST  = -m pytest -n $(JOBS) --dist loadfile
+
+# DeepSpeed is installed without compiling anything: mllm needs none of its C++.
+export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -52,12 +56,12 @@ $(VENV)/run: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python $(INSTALL) --editable '.[quickstart,serve,data,dev]'
+	$(BIN)/python $(INSTALL) --editable $(DEV)
 	@touch $@ $(VENV)/run
 
 $(LOWEST)/dev: pyproject.toml constraints.txt constraints-lowest.txt
 	$(call make_venv,$(LOWEST))
-	$(LOWEST)/bin/python $(INSTALL) --editable '.[quickstart,serve,data,dev]'
+	$(LOWEST)/bin/python $(INSTALL) --editable $(DEV)
 	$(LOWEST)/bin/python -m pip install --requirement constraints-lowest.txt
 	$(LOWEST)/bin/python -m pip check
 	@touch $@
@@ -102,7 +106,7 @@ format: $(VENV)/dev ## Format the code and fix what lint can fix
 
 pins: ## Refresh constraints.txt from the newest releases (torch keeps its pin), for a maintainer to review
 	rm -rf .venv-pins && $(PYTHON) -m venv .venv-pins
-	.venv-pins/bin/python -m pip install "$$(grep '^torch==' constraints.txt)" --editable '.[quickstart,serve,data,dev]'
+	.venv-pins/bin/python -m pip install "$$(grep '^torch==' constraints.txt)" --editable $(DEV)
 	.venv-pins/bin/python -m pip freeze --exclude-editable | sed 's/+.*//' > .venv-pins/pins.txt
 	sed '/^[^#]/d' constraints.txt > .venv-pins/header.txt
 	cat .venv-pins/header.txt .venv-pins/pins.txt > constraints.txt

@@ -47,6 +47,10 @@ class CheckpointError(MllmError):
     """A directory is not a complete checkpoint, or it belongs to another run."""
 
 
+class TrainingError(MllmError):
+    """A run cannot go on, such as with a loss that is no number."""
+
+
 class ExportError(MllmError):
     """A model has no stock class to be exported to, or the export differs from it."""
 

@@ -17,14 +17,16 @@ class PrivateName(NamedTuple):
 
 
 PRIVATE_NAMES = (
+    PrivateName("transformers", "PreTrainedModel._gradient_checkpointing_func", "checkpoints parts of a model"),
     PrivateName("transformers", "PreTrainedModel._supports_attention_backend", "our models hand attention on"),
     PrivateName("transformers", "PreTrainedModel._supports_flash_attn", "our models hand attention on"),
     PrivateName("transformers", "PreTrainedModel._supports_flex_attn", "our models hand attention on"),
     PrivateName("transformers", "PreTrainedModel._supports_sdpa", "our models hand attention on"),
     PrivateName("transformers", "PreTrainedModel._tied_weights_keys", "the head may be the text embedding"),
     PrivateName("transformers", "ProcessorMixin._get_arguments_from_pretrained", "loads only the parts there are"),
+    PrivateName("transformers", "InternVLProcessor._get_num_multimodal_tokens", "number of tiles of an image"),
     PrivateName("transformers", "Trainer._get_output_dir", "checkpoints are written beside their place, then renamed"),
-    PrivateName("transformers", "Trainer._load_from_checkpoint", "a run stopped behind its last step is only loaded"),
+    PrivateName("transformers", "Trainer._prepare_inputs", "brings a batch of validation to the model's device"),
     PrivateName("transformers", "Trainer._save", "weights or adapter, processor and run.json; no pickled arguments"),
     PrivateName("transformers", "Trainer._save_checkpoint", "a checkpoint gets its name when it is complete"),
 )

@@ -2,6 +2,11 @@
 
 from dataclasses import dataclass
 
+MediaSize = tuple[int, int] | tuple[float]
+"""Height and width of an image in pixels, or the seconds of a sound."""
+LONGEST_SOUND = float("inf")
+"""Seconds that stand for the longest sound that a model reads."""
+
 
 @dataclass(frozen=True)
 class ImageTokenRule:

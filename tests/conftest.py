@@ -12,10 +12,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import ipaddress
+import multiprocessing
 import random
 import runpy
 import shutil
 import socket
+import sys
+import time
+import traceback
 from pathlib import Path
 
 import numpy
@@ -128,3 +132,53 @@ def _is_this_machine(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback or ipaddress.ip_address(host).is_unspecified
     except ValueError:
         return host == "localhost"
+
+
+@pytest.fixture(scope="session")
+def two_ranks():
+    """Call a function in two processes that train together, over gloo on the CPU; their errors are the test's.
+
+    They are forked, so that nothing is imported again.
+    """
+
+    def call(function, *args, timeout: float = 240) -> None:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        context = multiprocessing.get_context("fork")
+        ranks = [context.Process(target=_rank, args=(rank, port, function, args)) for rank in range(2)]
+        for process in ranks:
+            process.start()
+        deadline = time.monotonic() + timeout
+        # One that has failed leaves the other waiting: not for long.
+        while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
+            if any(process.exitcode for process in ranks):
+                deadline = min(deadline, time.monotonic() + 10)
+            for process in ranks:
+                process.join(0.1)
+        codes = [process.exitcode for process in ranks]
+        for process in ranks:
+            process.kill()
+        assert codes == [0, 0]
+
+    return call
+
+
+def _rank(rank: int, port: int, function, args) -> None:
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in names.items()}
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+    try:
+        function(*args)
+        torch.distributed.destroy_process_group()
+        code = 0
+    except BaseException:  # noqa: BLE001
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -21,6 +21,7 @@ from transformers.utils import logging
 from mllm.errors import MllmError, OptionError, user_errors
 from mllm.training.plan import Stage, read_plan
 from mllm.training.plan_progress import PlanProgress
+from mllm.training.sharding import check_launcher
 
 HERE = Path(__file__).parent
 EXAMPLE = """example of a plan:
@@ -94,9 +95,11 @@ def launch_command(config: Path) -> list[str]:
     """`accelerate launch` with a configuration, and the threads it would otherwise settle with a warning."""
     if not config.is_file():
         raise OptionError(f"--accelerate_config {config} is not there", expected="a YAML file", do="correct it")
-    processes = yaml.safe_load(config.read_text(encoding="utf-8")).get("num_processes", 1)
+    content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    check_launcher(content, has_gpu=torch.accelerator.is_available())
+    processes = content.get("num_processes", 1)
     threads = max(1, torch.get_num_threads() // processes)
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    accelerate = [sys.executable, str(HERE / "launch.py")]
     return [*accelerate, "--config_file", str(config), "--num_cpu_threads_per_process", str(threads)]
 
 

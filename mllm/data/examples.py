@@ -18,7 +18,7 @@ from mllm.data.quarantine import Bad
 from mllm.data.row_lengths import are_counted, bounded_lengths, counted_lengths, foreign_kinds
 from mllm.data.schema import MEDIA_KINDS, PreferenceRow, Row, has_target_media
 from mllm.errors import OptionError, RowError
-from mllm.processing import MllmProcessor
+from mllm.processing import TrainingProcessor
 
 OVERLONG = ("drop", "error")
 CACHED_TOKENS = 20_000_000
@@ -52,7 +52,7 @@ class Example:
     media: tuple[Path | bytes, ...] | None = None
 
 
-def encode_row(row: Row, processor: MllmProcessor) -> Example:
+def encode_row(row: Row, processor: TrainingProcessor) -> Example:
     """A row's ids and labels from one call of the processor, media counted by their size alone.
 
     Boxes in the texts are moved to where the encoder sees what they mark.
@@ -62,7 +62,7 @@ def encode_row(row: Row, processor: MllmProcessor) -> Example:
         RowError: The row is malformed, or the chat template refuses it.
     """
     row = move_row(row, processor.image_geometry)
-    sizes = [(item.height, item.width) for item in row.media]
+    sizes = [item.size for item in row.media]
     chat = processor.encode_chat(row.messages, media_sizes=sizes, where=row.name)
     weights = np.array(chat.loss_weights, dtype=np.float32) if has_uneven_weights(chat.loss_weights) else None
     labels = labels_of(chat.input_ids, chat.loss_weights)
@@ -71,7 +71,7 @@ def encode_row(row: Row, processor: MllmProcessor) -> Example:
 
 def example_of(
     row: Row,
-    processor: MllmProcessor,
+    processor: TrainingProcessor,
     *,
     max_length: int | None = None,
     overlong: str = "drop",
@@ -123,6 +123,8 @@ class Examples(Dataset[Example | LeftOut]):
         progress: Called once a row that is encoded here, or with a number of rows that are counted here.
         measure: One of `MEASURES`; None to choose by size, and by whether counts are there. A run that goes on needs
             the one that it began with: another leaves other rows out, and so has another order.
+        is_exact: Whether lengths have to be exact, as for packing; then a large mixture is counted, which takes a
+            while the first time, where it would be bounded.
 
     Raises:
         OptionError: `overlong` is unknown, or no row is left.
@@ -132,12 +134,13 @@ class Examples(Dataset[Example | LeftOut]):
     def __init__(
         self,
         rows: Mixture,
-        processor: MllmProcessor,
+        processor: TrainingProcessor,
         *,
         max_length: int | None = None,
         overlong: str = "drop",
         progress: Callable[..., Any] | None = None,
         measure: str | None = None,
+        is_exact: bool = False,
     ):
         if overlong not in OVERLONG:
             raise OptionError(f"overlong = {overlong!r}", expected=f"one of {', '.join(OVERLONG)}", do="choose one")
@@ -145,7 +148,7 @@ class Examples(Dataset[Example | LeftOut]):
         self.processor = processor
         self.max_length = max_length
         self.overlong = overlong
-        self.measure = measure or _measure_for(rows, processor)
+        self.measure = measure or _measure_for(rows, processor, is_exact=is_exact)
         self.account = LeftOutRows(rows)
         self._cache: list[Example] | None = None
         self.num_unmeasured = 0
@@ -156,6 +159,8 @@ class Examples(Dataset[Example | LeftOut]):
             self._look_at_all(progress)
         self.dropped, self.account.counts = self.account.counts, Counter()
         """How many rows were left out before the first step, by reason; the account goes on with what is due."""
+        self.dropped_by_source, self.account.by_source = self.account.by_source, Counter()
+        """The same by the number of the source in the mixture and the reason."""
         if not len(self.used):
             raise OptionError(
                 f"no row left of {len(rows)} (dropped: {dict(self.dropped)})",
@@ -208,9 +213,9 @@ class Examples(Dataset[Example | LeftOut]):
             first = self._example(end - len(taken))
             if isinstance(first, LeftOut) and first.is_error and first.reason == BAD:
                 self.account.add(first)
-        kinds = foreign_kinds(self.rows, _towers(self.processor))
+        kinds = foreign_kinds(self.rows, self.processor.media_kinds)
         for number in np.unique(kinds[kinds >= 0]).tolist():
-            self.account.counts[_no_tower(MEDIA_KINDS[number])] = int((kinds == number).sum())
+            self.account.count(np.flatnonzero(kinds == number), _no_tower(MEDIA_KINDS[number]))
         if self.measure == "counted":
             lengths = counted_lengths(self.rows, self.processor, progress=progress)
         else:
@@ -221,7 +226,7 @@ class Examples(Dataset[Example | LeftOut]):
         if self.measure == "bounded":
             self.num_unmeasured = int(is_long.sum())
         elif is_long.any():
-            self.account.counts[TOO_LONG] = int(is_long.sum())
+            self.account.count(np.flatnonzero(is_long), TOO_LONG)
             if self.overlong == "error":
                 longest = int(np.argmax(is_long))
                 raise _too_long(self.rows[longest], int(lengths[longest]), self.max_length or 0)
@@ -229,25 +234,20 @@ class Examples(Dataset[Example | LeftOut]):
         self.used, self.lengths = np.flatnonzero(is_used), lengths[is_used]
 
 
-def _measure_for(rows: Mixture, processor: MllmProcessor) -> str:
+def _measure_for(rows: Mixture, processor: TrainingProcessor, *, is_exact: bool) -> str:
     if len(rows) <= ENCODED_AT_START:
         return "encoded"
-    return "counted" if are_counted(rows, processor) else "bounded"
-
-
-def _towers(processor: MllmProcessor) -> tuple[str, ...]:
-    """The kinds of media that the model reads."""
-    return () if processor.image_token is None else ("image",)
+    return "counted" if is_exact or are_counted(rows, processor) else "bounded"
 
 
 def _no_tower(kind: str) -> str:
     return f"{kind}, for which the model has no tower"
 
 
-def _unusable(row: Row, processor: MllmProcessor) -> str:
+def _unusable(row: Row, processor: TrainingProcessor) -> str:
     """Why the model cannot be trained on a row that is right in itself, "" where it can."""
     for item in row.media:
-        if item.kind not in _towers(processor):
+        if item.kind not in processor.media_kinds:
             return _no_tower(item.kind)
     return "media in an answer, which the model cannot make" if has_target_media(row) else ""
 

@@ -3,10 +3,12 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mllm.data.mixture import Mixture
 from mllm.data.quarantine import Bad
@@ -48,6 +50,8 @@ class LeftOutRows:
     def __init__(self, rows: Mixture):
         self.rows = rows
         self.counts: Counter[str] = Counter()
+        self.by_source: Counter[tuple[int, str]] = Counter()
+        """The same by the number of the source in the mixture and the reason."""
         self.path: Path | None = None
         self._num_read = 0
         self._listed: dict[Key, dict[str, str]] = {}
@@ -61,7 +65,7 @@ class LeftOutRows:
         source = self.rows.source(left_out.position)
         if left_out.error is not None and (left_out.is_error or source.on_bad == "error"):
             raise left_out.error
-        self.counts[left_out.reason] += 1
+        self.count([left_out.position], left_out.reason)
         if left_out.bad is None:
             return
         self._list(_entry(source, left_out.bad))
@@ -74,6 +78,13 @@ class LeftOutRows:
                 expected=f"at most {source.max_bad_rate:.2%} (`max_bad_rate`)",
                 do=f"mend them{f' (the list: {self.path})' if self.path else ''}, or raise `max_bad_rate`",
             )
+
+    def count(self, positions: Sequence[int] | np.ndarray, reason: str) -> None:
+        """Count rows that are left out for one reason."""
+        self.counts[reason] += len(positions)
+        numbers = np.searchsorted(self.rows.ends, np.asarray(positions, np.int64), side="right")
+        for number, found in zip(*np.unique(numbers, return_counts=True), strict=True):
+            self.by_source[int(number), reason] += int(found)
 
     def write_to(self, path: Path) -> None:
         """Keep the list in a file from now on, which all ranks share, and a run that goes on.
@@ -134,7 +145,7 @@ def raising(left_out: LeftOut) -> None:
 
 def usable_batches(collated: Iterable[Any], account: Callable[[LeftOut], Any] = raising) -> Iterator[Any]:
     """The batches of `mllm.data.collate.LeavingOut`, as they are asked for; what was left out of them is accounted."""
-    for batch, left_out in collated:
+    for batch, left_out, *_ in collated:
         for row in left_out:
             account(row)
         yield batch

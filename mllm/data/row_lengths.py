@@ -6,28 +6,33 @@ from typing import Any
 import numpy as np
 
 from mllm.data.indexing.index import RowIndex
-from mllm.data.indexing.token_bounds import token_bounds
+from mllm.data.indexing.token_bounds import media_tokens, token_bounds
 from mllm.data.indexing.token_counts import count_tokens, has_counts
 from mllm.data.mixture import Mixture
 from mllm.data.schema import MEDIA_KINDS
-from mllm.processing import MllmProcessor
+from mllm.processing import TrainingProcessor
 
 
-def are_counted(rows: Mixture, processor: MllmProcessor) -> bool:
+def are_counted(rows: Mixture, processor: TrainingProcessor) -> bool:
     """Whether the tokens of all rows were counted before, by `count_tokens` under this very processor."""
     return all(has_counts(index, processor) for index in rows.indexes)
 
 
 def counted_lengths(
-    rows: Mixture, processor: MllmProcessor, *, progress: Callable[[int], Any] | None = None
+    rows: Mixture, processor: TrainingProcessor, *, progress: Callable[[int], Any] | None = None
 ) -> np.ndarray:
     """The tokens of every row, 0 where it cannot be encoded; counted now where that was not done before."""
     return _joined(rows, lambda index: count_tokens(index, processor, progress=progress))
 
 
-def bounded_lengths(rows: Mixture, processor: MllmProcessor) -> np.ndarray:
+def bounded_lengths(rows: Mixture, processor: TrainingProcessor) -> np.ndarray:
     """At least as many tokens as every row has, at once."""
     return _joined(rows, lambda index: token_bounds(index, processor))
+
+
+def lengths_of_media(rows: Mixture, processor: TrainingProcessor) -> np.ndarray:
+    """The tokens that the media of every row become: of images by their rule, of sounds at most."""
+    return _joined(rows, lambda index: media_tokens(index, processor))
 
 
 def foreign_kinds(rows: Mixture, kinds: tuple[str, ...]) -> np.ndarray:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm.errors import RowError
+from mllm.sizes import MediaSize
 
 ROW_KEYS = ("id", "source", "messages", "media", "chosen", "rejected", "contrast", "coordinates", "meta")
 MEDIA_KEYS = ("kind", "path", "bytes", "blob", "height", "width", "frames", "seconds", "start", "end")
@@ -67,6 +68,14 @@ class MediaItem:
     start: float | None = None
     end: float | None = None
     blob: Blob | None = None
+
+    @property
+    def size(self) -> MediaSize:
+        """What its tokens are counted by."""
+        if self.kind != "audio":
+            return (self.height, self.width)
+        last = self.seconds if self.end is None else min(self.end, self.seconds)
+        return (max(0.0, last - (self.start or 0.0)),)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from mllm.errors import RowError
 from mllm.inference import generate_answers
-from mllm.processing import MllmProcessor
+from mllm.processing import TrainingProcessor
 
 
 def read_evaluation_rows(path: Path) -> list[dict[str, Any]]:
@@ -36,7 +36,7 @@ def read_evaluation_rows(path: Path) -> list[dict[str, Any]]:
 
 def answer_rows(
     model: PreTrainedModel,
-    processor: MllmProcessor,
+    processor: TrainingProcessor,
     rows: list[dict[str, Any]],
     *,
     blank: bool = False,

@@ -71,7 +71,7 @@ def write_card(directory: Path, model_dir: Path, report: ExportReport, *, title:
     body = _BODY.format(
         title=title,
         architecture=report.architecture,
-        composition=_composition(parts, report),
+        composition=_composition(parts, report, read_quantized(model_dir)),
         data=_data(sources),
         transformers=report.versions["transformers"],
         num_probes=report.num_probes,
@@ -97,6 +97,12 @@ def read_parts(model_dir: Path) -> dict[str, str]:
 def read_sources(model_dir: Path) -> list[dict[str, Any]]:
     """The row files of every stage the model went through, last stage first, as `run.json` records them."""
     return [source for directory in _ancestry(model_dir) for source in _read_run(directory).get("data", [])]
+
+
+def read_quantized(model_dir: Path) -> list[str]:
+    """The parts that the model's last stage held in 4 bits while it trained an adapter."""
+    parts = _read_run(model_dir).get("options", {}).get("parts", {})
+    return [name for name, chosen in parts.items() if chosen.get("quantize")]
 
 
 def _ancestry(model_dir: Path) -> list[Path]:
@@ -128,9 +134,12 @@ def _metadata(parts: dict[str, str]) -> dict[str, Any]:
     return {**metadata, "base_model": bases} if bases else metadata
 
 
-def _composition(parts: dict[str, str], report: ExportReport) -> str:
+def _composition(parts: dict[str, str], report: ExportReport, quantized: list[str]) -> str:
     lines = [f"| {name.replace('_', ' ')} | {_public(value)} |" for name, value in parts.items()]
     lines += [f"| parameters | {report.num_parameters:,} |", f"| type of the weights | {report.dtype} |"]
+    if quantized:
+        how = f"over 4-bit weights of {', '.join(quantized)}; merged into the weights that these were made from"
+        lines.append(f"| adapter trained | {how} |")
     return "\n".join(["| | |", "|---|---|", *lines])
 
 

@@ -25,7 +25,7 @@ from mllm.export.report import ExportReport, describe_files, library_versions, w
 from mllm.export.verify import RELATIVE_TOLERANCES, max_difference, verify
 from mllm.load import ADAPTER_CONFIG, base_model_path, load_model, load_processor, merged
 from mllm.models import MllmConfig, MllmForConditionalGeneration
-from mllm.processing import MllmProcessor
+from mllm.processing import MllmProcessor, StockProcessor
 
 MERGE_TOLERANCE = 1e-5
 """Largest difference of logits that merging may make in float32, times the largest logit where that is above 1.
@@ -64,7 +64,7 @@ def export(
     started = time.monotonic()
     refuse_existing(Path(out))
     _check_dtype(dtype)
-    processor = load_processor(model_dir)
+    processor = _composed(load_processor(model_dir), model_dir)
     rule = processor.image_token_rule
     asked = synthetic_probes(None if rule is None else rule.image_size) if probes is None else probes
     model, origin = load_trained(model_dir, processor, asked, dtype=dtype)
@@ -94,6 +94,17 @@ def export(
         report = replace(report, files=describe_files(partial), seconds=round(time.monotonic() - started, 1))
         write_report(partial, report)
     return report
+
+
+def _composed(processor: MllmProcessor | StockProcessor, model_dir: str | Path) -> MllmProcessor:
+    if isinstance(processor, StockProcessor):
+        raise ExportError(
+            f"{model_dir} holds a model of a stock class",
+            expected="a model that was composed here, to be written as a stock class",
+            do="nothing where it holds whole weights: it is a stock checkpoint already; an adapter is merged by "
+            "mllm.load.merged(mllm.load_model(DIR)).save_pretrained(OUT)",
+        )
+    return processor
 
 
 @dataclass(frozen=True)

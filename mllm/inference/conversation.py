@@ -16,7 +16,7 @@ from mllm.inference.generation import StopWhenSet, TokenQueue, eval_mode, genera
 from mllm.inference.prompt import Messages, Prompt, encode_prompt, model_inputs, room_for_answer
 from mllm.inference.text_stream import TextStream, decode_answer
 from mllm.load import load_model, load_processor
-from mllm.processing import MllmProcessor
+from mllm.processing import TrainingProcessor
 
 Pruner = Callable[[PreTrainedModel | PeftModel], AbstractContextManager]
 
@@ -36,7 +36,7 @@ class Chat:
             print(piece, end="", flush=True)
 
     Args:
-        model: Ours, one wrapped by PEFT, or an export of ours; it stays on its device.
+        model: Ours, a stock one, or one of these wrapped by PEFT; it stays on its device.
         processor: The processor saved with the model.
         max_new_tokens: Longest answer, in tokens.
         temperature: 0 takes the likeliest token each time; above it tokens are sampled.
@@ -46,7 +46,7 @@ class Chat:
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
-        processor: MllmProcessor,
+        processor: TrainingProcessor,
         *,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
@@ -144,7 +144,7 @@ class Chat:
 
 def generate_answers(
     model: PreTrainedModel | PeftModel,
-    processor: MllmProcessor,
+    processor: TrainingProcessor,
     conversations: list[Messages],
     *,
     batch_size: int,

@@ -1,4 +1,4 @@
-"""From messages to what a model reads. All ids come from `MllmProcessor.encode_chat`, as in training."""
+"""From messages to what a model reads. All ids come from a processor's `encode_chat`, as in training."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +9,9 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from mllm.errors import MediaError, RowError
-from mllm.processing import MllmProcessor
+from mllm.processing import TrainingProcessor
 from mllm.processing.images import ImageSource, decode_image, image_size
+from mllm.processing.media import MediaInput
 from mllm.processing.messages import plain_messages
 
 Messages = list[dict[str, Any]]
@@ -28,7 +29,7 @@ class Prompt:
     images: list[ImageSource]
 
 
-def encode_prompt(processor: MllmProcessor, messages: Messages) -> Prompt:
+def encode_prompt(processor: TrainingProcessor, messages: Messages) -> Prompt:
     """Encode a conversation so that its ids end where an answer begins. Of images only the size is read.
 
     Raises:
@@ -42,7 +43,9 @@ def encode_prompt(processor: MllmProcessor, messages: Messages) -> Prompt:
     return Prompt(input_ids=encoded.input_ids, images=images)
 
 
-def model_inputs(processor: MllmProcessor, prompts: list[Prompt], *, device: torch.device) -> dict[str, torch.Tensor]:
+def model_inputs(
+    processor: TrainingProcessor, prompts: list[Prompt], *, device: torch.device
+) -> dict[str, torch.Tensor]:
     """Batch prompts for `generate`: images decoded, ids padded on the left, so that all answers begin in one column.
 
     Raises:
@@ -56,8 +59,12 @@ def model_inputs(processor: MllmProcessor, prompts: list[Prompt], *, device: tor
         input_ids[row, start:] = torch.tensor(prompt.input_ids)
         attention_mask[row, start:] = 1
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    if images := [image for prompt in prompts for image in _decoded(prompt)]:
-        inputs["pixel_values"] = processor.encode_images(images)
+    media = [
+        MediaInput("image", image, (image.height, image.width), row)
+        for row, prompt in enumerate(prompts)
+        for image in _decoded(prompt)
+    ]
+    inputs |= processor.encode_media(media) | processor.text_inputs(input_ids)
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
@@ -80,7 +87,7 @@ def room_for_answer(model: PreTrainedModel | PeftModel, prompt: Prompt, *, max_n
     return min(max_new_tokens, limit - found)
 
 
-def _padding_id(processor: MllmProcessor) -> int:
+def _padding_id(processor: TrainingProcessor) -> int:
     """Any id but a placeholder's will do where the mask is 0."""
     tokenizer = processor.tokenizer
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -5,9 +5,10 @@ call, and tokens inside a block get the message's weight. Where somebody's words
 cut in two before rendering and the text is encoded in pieces, so that words stay words.
 """
 
+import re
 import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -17,7 +18,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from mllm.errors import OptionError, RowError
 from mllm.processing.control import control_pattern, control_tokens, cut_control_tokens
-from mllm.processing.messages import assistant_weights, plain_messages, rewritten, words_of
+from mllm.processing.messages import assistant_weights, plain_messages, rewritten, with_lists, words_of
 
 # Unicode noncharacters, "intended for internal use": a cut is marked by the first that nobody's words contain.
 CUT_MARKS = tuple(chr(code) for code in range(0xFDD0, 0xFDF0))
@@ -32,6 +33,32 @@ class MediaSpan(NamedTuple):
     kind: str
     start: int
     length: int
+
+
+class Placeholder(NamedTuple):
+    """How a kind of media stands in text.
+
+    Args:
+        written: The token that a template writes for an item.
+        repeated: The token that the model puts feature vectors in place of; often the same.
+    """
+
+    written: str
+    repeated: str
+
+
+class Expansion(NamedTuple):
+    """What one media item becomes in the text, as its size decides.
+
+    Args:
+        kind: Of the item.
+        text: What the written token is replaced by, with every run of the repeated token as a single one.
+        runs: How long each of these runs is.
+    """
+
+    kind: str
+    text: str
+    runs: tuple[int, ...]
 
 
 class EncodedChat(NamedTuple):
@@ -50,6 +77,8 @@ class ChatEncoder:
         chat_template: Text of a template with generation blocks.
         end_of_turn: The token that ends an answer; None while it is not known yet.
         image_token: The image placeholder, None for a model without images.
+        placeholders: Those of all kinds of media, in place of `image_token`.
+        lists_content: Whether the template wants every content as a list of items.
     """
 
     def __init__(
@@ -58,7 +87,9 @@ class ChatEncoder:
         *,
         chat_template: str,
         end_of_turn: str | None,
-        image_token: str | None,
+        image_token: str | None = None,
+        placeholders: Mapping[str, Placeholder] | None = None,
+        lists_content: bool = False,
     ):
         if not tokenizer.is_fast:
             raise OptionError(
@@ -69,8 +100,15 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         self.num_tokens = len(tokenizer)
         self.chat_template = chat_template
-        self.image_token_id = None if image_token is None else tokenizer.convert_tokens_to_ids(image_token)
-        self.control_pattern = control_pattern(control_tokens(tokenizer, image_token, end_of_turn))
+        if placeholders is None:
+            placeholders = {} if image_token is None else {"image": Placeholder(image_token, image_token)}
+        self.placeholders = dict(placeholders)
+        self.lists_content = lists_content
+        repeated = {kind: token.repeated for kind, token in self.placeholders.items()}
+        self.placeholder_ids = frozenset(map(tokenizer.convert_tokens_to_ids, repeated.values()))
+        self.image_token_id = tokenizer.convert_tokens_to_ids(repeated["image"]) if "image" in repeated else None
+        media_tokens = [token for pair in self.placeholders.values() for token in pair]
+        self.control_pattern = control_pattern(control_tokens(tokenizer, *media_tokens, end_of_turn))
         self.special_tokens = dict(tokenizer.special_tokens_map)
         self.newline_ids = tokenizer.backend_tokenizer.encode("\n", add_special_tokens=False).ids
 
@@ -88,6 +126,7 @@ class ChatEncoder:
         messages: Sequence[dict[str, Any]],
         *,
         image_lengths: Sequence[int] = (),
+        media: Sequence[Expansion] | None = None,
         add_generation_prompt: bool = False,
         where: str = "the conversation",
     ) -> EncodedChat:
@@ -97,30 +136,32 @@ class ChatEncoder:
             messages: `role`, `content` (a string or a list of text and image items), and for the assistant's an
                 optional `loss` (a bool or a weight).
             image_lengths: How many tokens each image becomes, in order of appearance.
+            media: What each media item becomes, where it is more than a repeated placeholder, or no image.
             add_generation_prompt: Whether to end with the template's opening of an answer.
             where: Names the row in errors.
 
         Raises:
             RowError: A message is malformed, images and placeholders disagree, or the template refuses the messages.
         """
-        turns, num_images = plain_messages(messages, where=where)
-        if num_images != len(image_lengths):
-            raise RowError(
-                f"{where}: {num_images} image items in the messages, and {len(image_lengths)} images",
-                expected="one image for each {'type': 'image'} content item, in order",
-                do="add what is missing: the image to the row, or the content item to a message",
-            )
+        turns, kinds = plain_messages(messages, where=where, kinds=tuple(self.placeholders) or ("image",))
+        _check_kinds(kinds, ["image"] * len(image_lengths) if media is None else [item.kind for item in media], where)
+        if self.lists_content:
+            turns = with_lists(turns)
         mark = self._choose_mark(list(words_of(turns)), where)
         if mark is not None:
             turns = rewritten(turns, lambda text: cut_control_tokens(text, self.control_pattern, mark))
         text, spans = self.render(turns, add_generation_prompt, where)
+        if media:
+            text, spans = self._replace_written(text, spans, media, where)
         weights = assistant_weights(messages, num_spans=len(spans), where=where)
         ids, starts, ends = self._tokenize(text, mark)
         loss_weights = [0.0] * len(ids)
         for (start, end), weight in zip(spans, weights, strict=True):
             first, behind = bisect_right(ends, start), bisect_left(starts, end)
             loss_weights[first:behind] = [weight] * (behind - first)
-        return self._expand(ids, loss_weights, image_lengths, where)
+        if media is None:
+            return self._expand(ids, loss_weights, [("image", (length,)) for length in image_lengths], where)
+        return self._expand(ids, loss_weights, [(item.kind, item.runs) for item in media], where)
 
     def _choose_mark(self, words: list[str], where: str) -> str | None:
         """The mark to cut control tokens with, None where nobody's words hold one."""
@@ -194,29 +235,82 @@ class ChatEncoder:
             backend.no_padding()
         return backend
 
+    def _replace_written(
+        self, text: str, spans: list[tuple[int, int]], media: Sequence[Expansion], where: str
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The rendered text with each media item's own text in place of the token that the template wrote for it.
+
+        Nobody's words can be meant: in them the written tokens are cut.
+        """
+        kinds = {token.written: kind for kind, token in self.placeholders.items()}
+        pieces = re.split(f"({'|'.join(map(re.escape, kinds))})", text)
+        written = [kinds[token] for token in pieces[1::2]]
+        if written != [item.kind for item in media]:
+            raise _placeholders_differ(written, [item.kind for item in media], where)
+        # Where text is replaced, and by how much it grows there.
+        place, growth, moved = 0, 0, [(0, 0)]
+        for number, item in enumerate(media):
+            place += len(pieces[2 * number]) + len(pieces[2 * number + 1])
+            growth += len(item.text) - len(pieces[2 * number + 1])
+            moved.append((place, growth))
+            pieces[2 * number + 1] = item.text
+
+        def new_place(old: int) -> int:
+            return old + moved[bisect_right(moved, (old, len(text) * 1000)) - 1][1]
+
+        return "".join(pieces), [(new_place(start), new_place(end)) for start, end in spans]
+
     def _expand(
-        self, ids: list[int], loss_weights: list[float], image_lengths: Sequence[int], where: str
+        self, ids: list[int], loss_weights: list[float], media: Sequence[tuple[str, tuple[int, ...]]], where: str
     ) -> EncodedChat:
-        """Repeat each placeholder as often as its image has tokens; a placeholder is never trained on."""
-        found = [index for index, token in enumerate(ids) if token == self.image_token_id]
-        if len(found) != len(image_lengths):
-            raise RowError(
-                f"{where}: {len(found)} image placeholders from the chat template for {len(image_lengths)} images",
-                expected="one placeholder for each image item",
-                do="choose a chat template that renders the images of every message",
-            )
+        """Repeat each placeholder as often as its media item has tokens; a placeholder is never trained on."""
+        found = [index for index, token in enumerate(ids) if token in self.placeholder_ids]
+        if len(found) != sum(len(runs) for _, runs in media):
+            raise _placeholders_differ(["image"] * len(found), [kind for kind, runs in media for _ in runs], where)
         expanded_ids: list[int] = []
         expanded_weights: list[float] = []
-        media = []
+        spans = []
         done = 0
-        for index, length in zip(found, image_lengths, strict=True):
-            expanded_ids += ids[done:index]
-            expanded_weights += loss_weights[done:index]
-            media.append(MediaSpan("image", len(expanded_ids), length))
-            expanded_ids += [ids[index]] * length
-            expanded_weights += [0.0] * length
-            done = index + 1
-        return EncodedChat(expanded_ids + ids[done:], expanded_weights + loss_weights[done:], media)
+        places = iter(found)
+        for kind, runs in media:
+            start = None
+            for length in runs:
+                index = next(places)
+                expanded_ids += ids[done:index]
+                expanded_weights += loss_weights[done:index]
+                start = len(expanded_ids) if start is None else start
+                expanded_ids += [ids[index]] * length
+                expanded_weights += [0.0] * length
+                done = index + 1
+            start = len(expanded_ids) if start is None else start
+            spans.append(MediaSpan(kind, start, len(expanded_ids) - start))
+        return EncodedChat(expanded_ids + ids[done:], expanded_weights + loss_weights[done:], spans)
+
+
+def _check_kinds(found: list[str], given: list[str], where: str) -> None:
+    if found == given:
+        return
+    kind = next((kind for kind in (*found, *given) if found.count(kind) != given.count(kind)), None)
+    what = (
+        f"{found.count(kind)} {kind} items in the messages, and {given.count(kind)} {kind}s"
+        if kind
+        else f"media items {', '.join(found)} in the messages, and media {', '.join(given)}"
+    )
+    kind = kind or found[0]
+    raise RowError(
+        f"{where}: {what}",
+        expected=f"one {kind} for each {{'type': {kind!r}}} content item, in order",
+        do=f"add what is missing: the {kind} to the row, or the content item to a message",
+    )
+
+
+def _placeholders_differ(found: list[str], given: list[str], where: str) -> RowError:
+    kind = (*given, *found)[0]
+    return RowError(
+        f"{where}: {len(found)} {kind} placeholders from the chat template for {len(given)} {kind}s",
+        expected=f"one placeholder for each {kind} item",
+        do=f"choose a chat template that renders the {kind}s of every message",
+    )
 
 
 def end_of_turn_ids(processor: ProcessorMixin) -> list[int]:

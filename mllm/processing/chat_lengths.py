@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mllm.errors import OptionError, RowError
+from mllm.processing import TrainingProcessor
 from mllm.processing.chat import ChatEncoder
 from mllm.processing.control import control_tokens
 from mllm.processing.messages import assistant_weights, plain_messages, words_of
-from mllm.processing.processor import MllmProcessor
+from mllm.processing.stock import StockProcessor
 from mllm.processing.templates import TEMPLATES, named_template
+from mllm.sizes import MediaSize
 
 REMEMBERED_SHAPES = 10_000
 # Private-use characters around a text's number. Not blanks, so that a template trims around them as around words.
@@ -28,10 +30,10 @@ _STAND_IN = re.compile("\ue000([0-9]+)\ue001")
 
 
 class Chat(NamedTuple):
-    """A conversation: its messages, height and width of its images, and its name in errors."""
+    """A conversation: its messages, the sizes of its media, and its name in errors."""
 
     messages: Sequence[dict[str, Any]]
-    media_sizes: Sequence[tuple[int, int]] = ()
+    media_sizes: Sequence[MediaSize] = ()
     where: str = "the conversation"
 
 
@@ -57,7 +59,7 @@ class ChatLengths:
         processor: Its `encode_chat` is the measure.
     """
 
-    def __init__(self, processor: MllmProcessor):
+    def __init__(self, processor: TrainingProcessor):
         self.processor = processor
         self._encoder: ChatEncoder = processor.chat_encoder()
         self._is_ours = treats_texts_as_opaque(processor)
@@ -88,7 +90,7 @@ class ChatLengths:
             for number, encoding in zip(numbers, batch, strict=True):
                 sizes = chats[number].media_sizes
                 if (0 if placeholder is None else encoding.ids.count(placeholder)) == len(sizes):
-                    images = sum(self.processor.num_image_tokens(height, width) for height, width in sizes)
+                    images = sum(map(self.processor.most_tokens, sizes))
                     lengths[number] = len(encoding) - len(sizes) + images
         return lengths
 
@@ -97,8 +99,8 @@ class ChatLengths:
         if not self._is_ours:
             return None
         try:
-            turns, num_images = plain_messages(chat.messages, where=chat.where)
-            if num_images != len(chat.media_sizes) or any(map(self._may_be_control, words_of(turns))):
+            turns, kinds = plain_messages(chat.messages, where=chat.where)
+            if len(kinds) != len(chat.media_sizes) or any(map(self._may_be_control, words_of(turns))):
                 return None
             key, texts = _taken_apart(turns)
             if key not in self._shapes:
@@ -171,8 +173,13 @@ def _frozen(item: dict[str, str], stand_in: Callable[[str], str]) -> tuple[tuple
     return (("type", item["type"]),)
 
 
-def treats_texts_as_opaque(processor: MllmProcessor) -> bool:
-    """Whether a processor's template is one of ours, which are known to look at no text's words."""
+def treats_texts_as_opaque(processor: TrainingProcessor) -> bool:
+    """Whether a processor's template is one of ours, which are known to look at no text's words.
+
+    Under a stock processor a text may share tokens with what stands around a medium, so it is encoded as a whole.
+    """
+    if isinstance(processor, StockProcessor):
+        return False
     for name in TEMPLATES:
         try:
             template = named_template(processor.tokenizer, name, image_token=processor.image_token or "<image>")

@@ -9,8 +9,10 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 MESSAGE_KEYS = frozenset({"role", "content", "loss"})
 
 
-def plain_messages(messages: Sequence[dict[str, Any]], *, where: str) -> tuple[list[dict[str, Any]], int]:
-    """Copies that hold what a template may read, and the number of images in them.
+def plain_messages(
+    messages: Sequence[dict[str, Any]], *, where: str, kinds: tuple[str, ...] = ("image",)
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Copies that hold what a template may read, and the kinds of the media items in them, in order.
 
     Neighbouring texts of a message become one: a control token must not arise where two meet. Keys whose value is None
     count as absent: Arrow tables add them.
@@ -21,16 +23,24 @@ def plain_messages(messages: Sequence[dict[str, Any]], *, where: str) -> tuple[l
     if not messages:
         raise RowError(f"{where}: no messages", expected="at least one message", do="drop the row")
     plain = []
-    num_images = 0
+    found: list[str] = []
     for number, message in enumerate(messages):
         here = f"{where}, message {number}"
         _check_keys(message, here)
         content = message["content"]
         if not isinstance(content, str):
-            content = _plain_items(content, here)
-            num_images += sum(item["type"] == "image" for item in content)
+            content = _plain_items(content, here, kinds)
+            found += (item["type"] for item in content if item["type"] != "text")
         plain.append({"role": message["role"], "content": content})
-    return plain, num_images
+    return plain, found
+
+
+def with_lists(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Copies in which every content is a list of items."""
+    return [
+        {**turn, "content": [{"type": "text", "text": turn["content"]}]} if isinstance(turn["content"], str) else turn
+        for turn in turns
+    ]
 
 
 def words_of(turns: list[dict[str, Any]]) -> Iterator[str]:
@@ -105,12 +115,12 @@ def _check_keys(message: dict[str, Any], here: str) -> None:
         )
 
 
-def _plain_items(content: Sequence[Any], here: str) -> list[dict[str, str]]:
+def _plain_items(content: Sequence[Any], here: str, kinds: tuple[str, ...]) -> list[dict[str, str]]:
     items: list[dict[str, str]] = []
     for item in content:
         kind = item.get("type") if isinstance(item, dict) else None
-        if kind == "image":
-            items.append({"type": "image"})
+        if kind in kinds:
+            items.append({"type": kind})
         elif kind == "text" and isinstance(item.get("text"), str):
             if items and items[-1]["type"] == "text":
                 items[-1]["text"] += item["text"]
@@ -119,7 +129,7 @@ def _plain_items(content: Sequence[Any], here: str) -> list[dict[str, str]]:
         else:
             raise RowError(
                 f"{here}: a content item {item!r:.80}",
-                expected="{'type': 'text', 'text': ...} or {'type': 'image'}",
+                expected="{'type': 'text', 'text': ...} or " + " or ".join(f"{{'type': {kind!r}}}" for kind in kinds),
                 do="mend the item",
             )
     return items

@@ -17,8 +17,9 @@ from transformers import (
 from mllm.errors import OptionError
 from mllm.processing.chat import ChatEncoder, EncodedChat
 from mllm.processing.geometry import encode_rgb, is_square_geometry
-from mllm.shapes import Pixels
-from mllm.sizes import ImageTokenRule, num_image_tokens
+from mllm.processing.media import MediaInput
+from mllm.shapes import Pixels, Tensor, TokenIds
+from mllm.sizes import ImageTokenRule, MediaSize, num_image_tokens
 
 RULE_FIELDS = tuple(field.name for field in dataclasses.fields(ImageTokenRule))
 COMPONENTS = {
@@ -98,6 +99,16 @@ class MllmProcessor(ProcessorMixin):
         return None if self.image_token is None else self.tokenizer.convert_tokens_to_ids(self.image_token)
 
     @property
+    def media_kinds(self) -> tuple[str, ...]:
+        """The kinds of media that the model reads."""
+        return () if self.image_token is None else ("image",)
+
+    @property
+    def sampling_rate(self) -> int | None:
+        """Samples a second that sounds are decoded at; None for a model without sounds."""
+        return None
+
+    @property
     def image_token_rule(self) -> ImageTokenRule | None:
         """How many tokens an image becomes; None without images."""
         if self.image_token is None:
@@ -115,7 +126,7 @@ class MllmProcessor(ProcessorMixin):
         self,
         messages: Sequence[dict[str, Any]],
         *,
-        media_sizes: Sequence[tuple[int, int]] = (),
+        media_sizes: Sequence[MediaSize] = (),
         add_generation_prompt: bool = False,
         where: str = "the conversation",
     ) -> EncodedChat:
@@ -132,10 +143,26 @@ class MllmProcessor(ProcessorMixin):
         """
         return self.chat_encoder().encode(
             messages,
-            image_lengths=[self.num_image_tokens(height, width) for height, width in media_sizes],
+            image_lengths=[self.most_tokens(size) for size in media_sizes],
             add_generation_prompt=add_generation_prompt,
             where=where,
         )
+
+    def encode_media(self, items: Sequence[MediaInput]) -> dict[str, Tensor]:
+        """The model's inputs for decoded media of a batch, in order of appearance; nothing for no media."""
+        return {"pixel_values": self.encode_images([item.data for item in items])} if items else {}
+
+    def text_inputs(self, input_ids: TokenIds) -> dict[str, Tensor]:
+        """What the model wants to be told about the tokens besides their ids: nothing."""
+        return {}
+
+    def fitted(self, item: MediaInput, *, where: str) -> MediaInput:
+        """The item as it is: whatever its row says of its size, it becomes the encoder's square."""
+        return item
+
+    def media_rule(self) -> str:
+        """Everything that decides how many tokens a medium has, as text."""
+        return repr(self.image_token_rule)
 
     def encode_images(self, images: Sequence[Image.Image]) -> Pixels:
         """RGB images to pixel values, in order; equal to what the image processor itself gives, but faster."""
@@ -153,6 +180,10 @@ class MllmProcessor(ProcessorMixin):
         """How many placeholders stand for an image of this size; 0 where the model reads none."""
         rule = self.image_token_rule
         return 0 if rule is None else num_image_tokens(height, width, rule)
+
+    def most_tokens(self, size: MediaSize) -> int:
+        """How many tokens a medium of this size becomes; 0 for one that the model does not read."""
+        return self.num_image_tokens(*size) if len(size) == 2 else 0
 
     def chat_encoder(self) -> ChatEncoder:
         """Made when first needed, and again when the template or the vocabulary has changed."""

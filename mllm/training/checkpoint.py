@@ -9,18 +9,25 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from mllm.checkpoints import is_complete
-from mllm.processing import MllmProcessor
+from mllm.checkpoints import COMPLETE, atomic_directory, is_complete, read_complete
+from mllm.errors import CheckpointError
+from mllm.processing import TrainingProcessor
 from mllm.training.run_record import RUN_RECORD
 
 PREFIX = "checkpoint-"
 FINAL = "final"
+STATE_OF_RUN = (
+    "optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "trainer_state.json",
+    "global_step*", "latest", "zero_to_*.py",  # DeepSpeed's
+    "pytorch_model_fsdp*",
+)  # fmt: skip
+"""What a checkpoint holds to be gone on from; the rest is the model."""
 
 
 def write_weights(
     directory: Path,
     model: PreTrainedModel | PeftModel,
-    processor: MllmProcessor,
+    processor: TrainingProcessor,
     record: dict[str, Any],
     *,
     base: Path,
@@ -47,6 +54,29 @@ def write_weights(
         model.save_pretrained(directory, state_dict=state_dict)
     processor.save_pretrained(directory)
     (directory / RUN_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def require_weights(checkpoint: Path) -> None:
+    """Before a checkpoint is called complete.
+
+    Raises:
+        CheckpointError: It holds no weights; what shards the run was told to keep them in pieces.
+    """
+    if not any(checkpoint.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{checkpoint} was written without weights",
+            expected="whole weights, gathered from all processes",
+            do="with FSDP set fsdp_state_dict_type: FULL_STATE_DICT, as train/accelerate/fsdp2.yaml does",
+        )
+
+
+def copy_model(checkpoint: Path, final: Path) -> None:
+    """Make the model of a run's last checkpoint its final one: all that it holds, but what only going on needs."""
+    facts = {"step": (read_complete(checkpoint) or {})["step"]}
+    with atomic_directory(final, kind="model", facts=facts) as partial:
+        shutil.copytree(
+            checkpoint, partial, ignore=shutil.ignore_patterns(*STATE_OF_RUN, COMPLETE), dirs_exist_ok=True
+        )
 
 
 def latest_checkpoint(output_dir: Path) -> Path | None:

@@ -13,13 +13,14 @@ from mllm.data.examples import Examples
 from mllm.data.mixture import Mixture
 from mllm.errors import CheckpointError
 from mllm.training.arguments import SftArguments
+from mllm.training.sharding import describe_sharding
 
 RUN_RECORD = "run.json"
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "tokenizers")
-OURS = ("assembled", "base", "stage.yaml", f"{Path(RUN_RECORD).stem}.")
+OURS = ("assembled", "base", "stage.yaml", "preflight.json", f"{Path(RUN_RECORD).stem}.")
 """What may stand in a run's directory before its record: beginnings of names."""
 
-IDENTITY = ("model", "data", "options", "world_size")
+IDENTITY = ("model", "data", "options", "world_size", "sharding")
 """What has to be equal for a directory to be gone on with."""
 
 DATA_IDENTITY = ("sha256", "rows", "take", "weight")
@@ -32,6 +33,8 @@ VOLATILE = (
     "logging_nan_inf_filter", "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_pin_memory",
     "dataloader_persistent_workers", "ddp_timeout", "ddp_backend", "ddp_bucket_cap_mb", "ddp_find_unused_parameters",
     "hub_token", "push_to_hub_token", "skip_memory_metrics", "on_bad", "max_bad_rate",
+    "dry_run", "eval_data", "eval_sample_steps", "eval_strategy", "eval_steps", "eval_on_start",
+    "eval_delay", "do_eval", "per_device_eval_batch_size", "eval_accumulation_steps", "eval_do_concat_batches",
 )  # fmt: skip
 """Options that do not decide the outcome, or stand elsewhere in the record."""
 
@@ -51,6 +54,7 @@ def describe_run(args: SftArguments, *, base: Path, rows: Mixture, examples: Exa
         "rows": {"used": len(examples), "dropped": dict(examples.dropped), "measure": examples.measure},
         "options": resolved_options(args),
         "world_size": args.world_size,
+        "sharding": describe_sharding(args),
         "git": describe_git(),
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES},
     }
@@ -67,6 +71,7 @@ def resolved_options(args: SftArguments) -> dict[str, Any]:
     options = args.to_dict()
     options["parts"] = {name: asdict(chosen) for name, chosen in args.parts.items()}
     options["mixture"] = {"temperature": args.data.temperature, "epoch_rows": args.data.epoch_rows}
+    options["feature_cache"] = args.feature_cache is not None  # wherever it lies: without encoders batches differ
     return {name: value for name, value in sorted(options.items()) if name not in VOLATILE}
 
 

@@ -5,26 +5,38 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
-from transformers import Trainer
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import Trainer, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerControl
 
 from mllm.checkpoints import atomic_directory, mark_complete, read_complete
-from mllm.data.collate import LeavingOut, PaddingCollator
+from mllm.data.collate import Features, LeavingOut, PaddingCollator
 from mllm.data.examples import Examples
 from mllm.data.left_out import usable_batches
 from mllm.data.sampler import EpochDataLoader, RankBatches
 from mllm.models.parts import PartOptions, freeze_unused, learning_rate_groups
-from mllm.processing import MllmProcessor
+from mllm.models.supervised import attach_supervised_forward
+from mllm.processing import StockProcessor, TrainingProcessor
+from mllm.processing.blank import blank_media
 from mllm.training.arguments import SftArguments
-from mllm.training.callbacks import Console, JsonLog
-from mllm.training.checkpoint import FINAL, PREFIX, remove_old, write_weights
+from mllm.training.batching import make_collator, plan_batches
+from mllm.training.callbacks import Console, Figures, JsonLog
+from mllm.training.checkpoint import FINAL, PREFIX, copy_model, remove_old, require_weights, write_weights
+from mllm.training.finite import FiniteLoss
 from mllm.training.run_record import RUN_RECORD
+from mllm.training.samples import SampleAnswers
+from mllm.training.sharding import whole_copies
+from mllm.training.source_losses import SourceLosses, num_supervised, source_names, with_token_sources
+from mllm.training.validation import Validation
+
+MEDIA_INPUTS = ("pixel_values", "image_features", "input_features")
+"""Under these names a batch has its media."""
 
 
 class MllmTrainer(Trainer):
@@ -38,6 +50,8 @@ class MllmTrainer(Trainer):
         parts: How each part is trained.
         base: Directory of the model the run started from.
         record: Content of the checkpoints' `run.json`.
+        features: Of all media, in place of decoding them; see `mllm.training.feature_cache`.
+        validation: What to validate on.
     """
 
     def __init__(
@@ -46,23 +60,34 @@ class MllmTrainer(Trainer):
         args: SftArguments,
         *,
         examples: Examples,
-        processor: MllmProcessor,
+        processor: TrainingProcessor,
         parts: Mapping[str, PartOptions],
         base: Path,
         record: dict[str, Any],
+        features: Features | None = None,
+        validation: Examples | None = None,
     ):
+        has_ranks_to_join = args.world_size > 1 and isinstance(processor, StockProcessor)
+        attach_supervised_forward(model, blank=blank_media(processor) if has_ranks_to_join else None)
         super().__init__(
             model=model,
             args=args,
             train_dataset=examples,
-            data_collator=LeavingOut(PaddingCollator(processor)),
+            eval_dataset=validation,
+            data_collator=LeavingOut(
+                make_collator(args, processor, source_of=examples.rows.source_number, features=features)
+            ),
             callbacks=[JsonLog(), Console()],
         )
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        # The count of supervised tokens of the whole global batch is what the loss is divided by. Trainer looks for
-        # it in the signature of the model's forward, which PEFT hides.
+        self.figures = Figures(has_whole_gradients=not (self.is_deepspeed_enabled or self.is_fsdp_enabled))
+        self.add_callback(self.figures)
+        # The loss is divided by the count of supervised tokens of the whole global batch, so Trainer must not divide
+        # it again. It would ask the model's class; some sixty of them say that they do not take the count.
         self.model_accepts_loss_kwargs = True
+        self.finite_loss = FiniteLoss(examples.rows)
+        self.source_losses = SourceLosses(source_names(index.source for index in examples.rows.indexes))
         # Not transformers' `processing_class`: it would set the model's end tokens back to the tokenizer's.
         self.processor = processor
         self.parts = dict(parts)
@@ -71,36 +96,56 @@ class MllmTrainer(Trainer):
         self.left_out: Counter[str] = Counter()
         """Rows left out of batches before the checkpoint that the run goes on from, by reason."""
         self.aside: Path | None = None
+        self.finished: Path | None = None
+        """The checkpoint of the last step, where the run was stopped behind it."""
         self.tower_parameters: list[torch.nn.Parameter] = []
+        if validation is not None:
+            self._add_validation(validation)
+
+    def _add_validation(self, examples: Examples) -> None:
+        collate = PaddingCollator(self.processor, source_of=examples.rows.source_number)
+        self.validation = Validation(
+            examples,
+            LeavingOut(collate),
+            batch_size=self.args.per_device_eval_batch_size,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+            num_workers=self.args.dataloader_num_workers,
+        )
+        if self.args.eval_sample_steps:
+            is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+            every = self.args.eval_sample_steps
+            self.add_callback(SampleAnswers(examples, collate, every=every, all_ranks=is_sharded))
 
     def train_from(self, checkpoint: Path | None) -> None:
-        """Train from the beginning, or go on from a checkpoint; one of the last step is only loaded."""
+        """Train from the beginning, or go on from a checkpoint; behind the last step nothing is left to do."""
         if checkpoint is not None:
             before = json.loads((checkpoint / RUN_RECORD).read_text(encoding="utf-8"))
             self.left_out = Counter(before["rows"].get("left_out"))
-        if checkpoint is not None and (read_complete(checkpoint) or {})["is_last"]:
-            self._load_from_checkpoint(str(checkpoint))
-        else:
-            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            if (read_complete(checkpoint) or {})["is_last"]:
+                self.finished = checkpoint
+                return
+        # Each rank has dropout of its own; a checkpoint holds the state of every rank's random numbers.
+        set_seed(self.args.seed + self.args.process_index)
+        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args, **kwargs) -> tuple[list, Any]:
-        """The micro-batches of a step and their number of supervised tokens; what was left out of them is accounted.
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list, Any]:
+        """The micro-batches of a step on this rank, and the number of supervised tokens of the step on all ranks.
 
-        A step of which every row was left out has nothing to learn, and nothing to divide by either.
+        What was left out of them is accounted. A step of which every row was left out has nothing to learn, and
+        nothing to divide by either.
         """
-        batches = usable_batches(epoch_iterator, self.train_dataset.account.add)
-        samples, num_items = super().get_batch_samples(batches, *args, **kwargs)
-        return samples, max(num_items, 1) if isinstance(num_items, int) else num_items.clamp(min=1)
+        watched = self.finite_loss.watch(self.figures.meter.watch(epoch_iterator))
+        batches = map(with_token_sources, usable_batches(watched, self.train_dataset.account.add))
+        samples = list(islice(batches, num_batches))
+        num_items = torch.tensor(sum(num_supervised(batch["labels"]) for batch in samples), device=device)
+        return samples, self.accelerator.reduce(num_items, reduction="sum").clamp(min=1)
 
     def get_train_dataloader(self) -> DataLoader:
         """This rank's micro-batches. They are planned for all ranks together, so accelerate has nothing to shard."""
-        batches = RankBatches(
-            self.train_dataset.order,
-            batch_size=self.args.per_device_train_batch_size,
-            rank=self.args.process_index,
-            world_size=self.args.world_size,
-            seed=self.args.seed,
-        )
+        batches = RankBatches(plan_batches(self.args, self.train_dataset, self.model), rank=self.args.process_index)
         workers = self.args.dataloader_num_workers
         return EpochDataLoader(
             self.train_dataset,
@@ -130,21 +175,67 @@ class MllmTrainer(Trainer):
             self.optimizer = optimizer_class(groups, **settings)
         return self.optimizer
 
-    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args, **kwargs) -> Any:
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
         """The model's loss; without media it is joined to the towers all the same, with a gradient of zero.
 
         Several ranks do that in the forward (their collectives have to meet). One process has to come to the same end:
         a step without media is a step of zero for a tower, and not none at all; and where only a tower is trained,
         there is something to go backward through.
+
+        Raises:
+            TrainingError: The loss of the step is no number; raised on all ranks, before the gradients of the step are
+                complete.
         """
-        loss = super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
-        if self.args.world_size == 1 and "pixel_values" not in inputs:
+        taken = {name: value for name, value in inputs.items() if name != "sources"}
+        outputs = model(**taken, num_items_in_batch=num_items_in_batch, use_cache=False)
+        self.source_losses.add(inputs["sources"], outputs.token_losses)
+        self.finite_loss.add(outputs.loss)
+        if self.accelerator.sync_gradients:
+            self._check_loss()
+        # The gradients of all ranks are averaged, and each loss is already divided by the tokens of all.
+        loss = outputs.loss * self.accelerator.num_processes
+        if self.args.world_size == 1 and not any(len(inputs.get(name, ())) for name in MEDIA_INPUTS):
             loss = loss + sum(0.0 * parameter.sum() for parameter in self.tower_parameters)
-        return loss
+        return (loss, outputs) if return_outputs else loss
+
+    def _check_loss(self) -> None:
+        self.finite_loss.check(
+            self.accelerator,
+            step=self.state.global_step + 1,
+            learning_rate=self.optimizer.param_groups[0]["lr"],
+            output_dir=Path(self.args.output_dir),
+        )
+
+    def evaluate(self, *args, **kwargs) -> dict[str, int | float]:
+        """Log the loss on the validation rows, in all and by source. transformers calls this when it is time."""
+        found = self.validation.losses(self.model_wrapped, self._prepare_inputs)
+        metrics = {f"eval_{name}": value for name, value in found.items()}
+        self.log(metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, int | float], start_time: float | None = None) -> None:
+        """Add the figures to a line about steps; all ranks come here together."""
+        if "grad_norm" in logs:
+            sources = self.source_losses.read()
+            logs |= {name: value for name, value in sources.items() if name != "loss"}
+            logs |= self.figures.read(logs["grad_norm"])
+        super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: transformers' estimate knows nothing of towers, and walks the whole model at every step."""
         return 0
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write weights and processor; transformers gathers what is sharded."""
+        with whole_copies(self.model):
+            super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Write weights and processor, and no pickled arguments. transformers calls this wherever it saves a model."""
@@ -173,6 +264,7 @@ class MllmTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             facts = {"step": self.state.global_step, "is_last": self.state.global_step >= self.state.max_steps}
+            require_weights(self.aside / name)
             mark_complete(self.aside / name, kind="checkpoint", facts=facts)
             shutil.rmtree(output_dir / name, ignore_errors=True)
             os.rename(self.aside / name, output_dir / name)
@@ -188,9 +280,15 @@ class MllmTrainer(Trainer):
 
     def save_final(self) -> Path:
         """Write the trained model, loadable, as `OUTPUT_DIR/final`."""
-        self._record_left_out()
         final = Path(self.args.output_dir) / FINAL
-        state_dict = self.accelerator.get_state_dict(self.model_wrapped) if self.is_deepspeed_enabled else None
+        if self.finished is not None:
+            if self.is_world_process_zero():
+                copy_model(self.finished, final)
+            self.accelerator.wait_for_everyone()
+            return final
+        self._record_left_out()
+        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        state_dict = self.accelerator.get_state_dict(self.model_wrapped) if is_sharded else None
         if self.is_world_process_zero():
             with atomic_directory(final, kind="model", facts={"step": self.state.global_step}) as partial:
                 model = self.accelerator.unwrap_model(self.model)

@@ -89,7 +89,7 @@ def test_what_cannot_be_trained_on_is_left_out_of_its_batch_and_told(examples, p
 
 
 def test_a_batch_of_which_nothing_is_left_is_an_empty_one(processor):
-    batch, left_out = LeavingOut(PaddingCollator(processor))([LeftOut(3, "too long"), LeftOut(4, "too long")])
+    batch, left_out, *_ = LeavingOut(PaddingCollator(processor))([LeftOut(3, "too long"), LeftOut(4, "too long")])
     assert (batch["labels"] == -100).all() and batch["input_ids"].shape == (1, 2)
     assert [row.position for row in left_out] == [3, 4]
 

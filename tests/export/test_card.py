@@ -86,3 +86,13 @@ def test_snippet_runs_without_mllm(snippet):
     answer, alone = snippet.stdout.rstrip("\n").rsplit("\n", 1)
     assert alone == "alone: True"
     assert answer.strip()
+
+
+def test_card_tells_of_an_adapter_trained_over_4_bits(tmp_path):
+    parts = {"image.encoder": {"quantize": None}, "text": {"mode": "lora", "quantize": "4bit"}}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "run.json").write_text(json.dumps({"options": {"parts": parts}}))
+    write_card(tmp_path, tmp_path / "model", REPORT, title="org/name")
+    assert "| adapter trained | over 4-bit weights of text; merged into" in (tmp_path / CARD).read_text(
+        encoding="utf-8"
+    )

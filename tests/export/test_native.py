@@ -20,6 +20,7 @@ from mllm.export.probes import probes_from_rows, synthetic_probes
 from mllm.export.verify import compare
 from mllm.load import base_model_path
 from mllm.testing import save_tiny_parts, tiny_model
+from mllm.testing_checkpoints import save_stock_checkpoint
 
 LORA = {"image.connector": "full", "text": {"mode": "lora", "rank": 4}}
 
@@ -196,3 +197,10 @@ def test_head_and_embedding_trained_apart_are_not_tied_silently(tmp_path):
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() + 1)
     with pytest.raises(ExportError, match="two tensors, and the configuration says that they are one"):
         write_stock(model, processor, tmp_path / "out", target=find_target(model, processor))
+
+
+def test_a_stock_model_has_nothing_to_be_exported_to(tmp_path):
+    save_stock_checkpoint(tmp_path / "stock", "llava")
+    with pytest.raises(ExportError, match="a stock checkpoint already"):
+        export(tmp_path / "stock", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

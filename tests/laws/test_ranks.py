@@ -4,24 +4,21 @@ Both ranks really run, over gloo. Unequal calls of the encoder, or a parameter t
 stop them.
 """
 
-import multiprocessing
 import os
 import shutil
-import socket
-import sys
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
 
 from mllm import load_model
+from mllm.data.batch_plan import rank_batches
 from mllm.data.order import every_row_once
-from mllm.data.sampler import rank_batches
 from mllm.load import merged
 from mllm.testing import save_tiny_rows
+from mllm.testing_checkpoints import save_stock_checkpoint
+from mllm.testing_stock import STOCK_FAMILIES
 
-TIMEOUT = 120
 NUM_ROWS = (
     9  # in micro-batches of 2 on 2 ranks: two whole steps, then one row for the first rank and none for the other
 )
@@ -36,6 +33,9 @@ RUNS = {
     },
 }
 
+# SmolVLM is Idefics 3 with a processor that asks for one more package; tests/models/test_joining.py has all families.
+FAMILIES = tuple(name for name in STOCK_FAMILIES if name not in ("smolvlm", "qwen2_audio"))
+
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory) -> Path:
@@ -47,18 +47,42 @@ def mixed(tmp_path_factory) -> Path:
     return save_tiny_rows(directory, NUM_ROWS, num_images=lambda number: 0 if number in text_only else 1 + number % 2)
 
 
-def test_two_ranks_equal_one_process(train, mixed, tmp_path):
+def test_two_ranks_equal_one_process(train, mixed, two_ranks, tmp_path):
     for name, options in RUNS.items():
         accumulation = options.get("gradient_accumulation_steps", 1)
         train(
             tmp_path / name / "one", data=[str(mixed)], optim="sgd", save_strategy="steps", save_steps=2, max_steps=5,
             **options | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": accumulation},
         )  # fmt: skip
-    _spawn_two(_train_all, train, mixed, tmp_path)
+    two_ranks(_train_all, train, mixed, tmp_path)
     for name in RUNS:
         one, two = (merged(load_model(tmp_path / name / run / "final")).state_dict() for run in ("one", "two"))
         for key in one:
             torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-5, msg=f"{name}: {key}")
+
+
+@pytest.mark.slow
+def test_two_stock_ranks_equal_one_process(train, mixed, two_ranks, tmp_path):
+    """Of every family, with its encoder trained; one of them stands in test_stock_ranks.py for every day."""
+    for family in FAMILIES:
+        save_stock_checkpoint(tmp_path / family / "checkpoint", family)
+        _train_stock(train, mixed, tmp_path / family, "one", per_device_train_batch_size=4)
+    two_ranks(_train_stock_in_rank, train, mixed, tmp_path, timeout=600)
+    for family in FAMILIES:
+        one, two = (merged(load_model(tmp_path / family / run / "final")).state_dict() for run in ("one", "two"))
+        for key in one:
+            torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-5, msg=f"{family}: {key}")
+
+
+def _train_stock_in_rank(train, rows: Path, root: Path) -> None:
+    for family in FAMILIES:
+        _train_stock(train, rows, root / family, "two")
+
+
+def _train_stock(train, rows: Path, root: Path, name: str, **options) -> None:
+    parts = {"image.encoder": "full", "image.connector": "full", "text": {"mode": "lora", "rank": 4}}
+    settled = {"data": [str(rows)], "parts": parts, "optim": "sgd", "max_steps": 5}
+    train(root / name, model=str(root / "checkpoint"), **settled, **options)
 
 
 def _train_all(train, rows: Path, root: Path) -> None:
@@ -72,41 +96,3 @@ def _train_all(train, rows: Path, root: Path) -> None:
         shutil.rmtree(root / name / "two" / "checkpoint-5")
     torch.distributed.barrier()
     train(root / name / "two", **options, **own)
-
-
-def _spawn_two(function, *args) -> None:
-    """Run `function` in two forked ranks; their errors are this test's."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=_rank, args=(rank, port, function, args)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(TIMEOUT)
-    codes = [process.exitcode for process in ranks]
-    for process in ranks:
-        if process.is_alive():
-            process.kill()
-    assert codes == [0, 0]
-
-
-def _rank(rank: int, port: int, function, args) -> None:
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in names.items()}
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._shared_state.clear()
-    try:
-        function(*args)
-        torch.distributed.destroy_process_group()
-        code = 0
-    except BaseException:  # noqa: BLE001
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

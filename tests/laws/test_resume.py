@@ -16,6 +16,12 @@ ENCODER_BESIDE_LORA = {"image.encoder": "full", "text": {"mode": "lora", "rank":
 
 # 12 rows in micro-batches of 2: 6 to an epoch. Accumulated by 4, an epoch is a step of 4 and one of 2 micro-batches.
 ACCUMULATED = {"gradient_accumulation_steps": 4, "save_steps": 3}
+BY_LENGTH = {"batching": "length", "gradient_accumulation_steps": 2, "save_steps": 4}
+# Packs of two to four rows, two to a step: stopped in the second epoch.
+PACKED = {
+    "batching": "packed", "pack_length": 128, "max_length": 128, "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 2, "save_steps": 4,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -28,9 +34,11 @@ ACCUMULATED = {"gradient_accumulation_steps": 4, "save_steps": 3}
         (LORA, ACCUMULATED),
         (LORA, {"save_steps": 4, "dataloader_num_workers": 1}),
         (ENCODER_BESIDE_LORA, {"save_steps": 8}),
+        (FULL, BY_LENGTH),
+        (LORA, PACKED),
     ],
     ids=["full", "full accumulated", "lora", "lora at an epoch's end", "lora accumulated", "lora with a data worker",
-         "encoder beside lora"],
+         "encoder beside lora", "full by length", "lora packed"],
 )  # fmt: skip
 def test_resumed_equals_straight(train, tmp_path, parts, options):
     options = {"max_steps": 9, "save_strategy": "steps", "logging_steps": 1, "parts": parts, **options}

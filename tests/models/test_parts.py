@@ -114,6 +114,18 @@ def test_learning_rates_and_decay_by_part(model):
     assert summary["image.encoder"].trainable == 0 and summary["image.encoder"].learning_rate is None
 
 
+def test_a_parameter_whose_share_on_this_rank_is_empty_is_counted_and_decayed(model):
+    """As ZeRO-3 leaves it: no elements, and its shape beside it."""
+    options = {"image.connector": FULL}
+    plain = [row.parameters for row in summarize_parts(model, options, learning_rate=1.0)]
+    apply_modes(model, options)
+    for parameter in model.parameters():
+        parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
+    assert [row.parameters for row in summarize_parts(model, options, learning_rate=1.0)] == plain
+    groups = learning_rate_groups(model, options, learning_rate=1.0, weight_decay=0.1)
+    assert {group["name"] for group in groups} == {"image.connector/decayed", "image.connector/not decayed"}
+
+
 def test_the_summary_counts_copies_and_adapters_apart(model):
     options = {"image.connector": FULL, "text": LORA}
     before = {part.name: part.parameters for part in summarize_parts(model, {}, learning_rate=1.0)}

@@ -76,7 +76,10 @@ def test_parts_in_both_forms():
         ({"data": [{"path": "a", "first": 0}]}, "data: a: first = 0"),
         ({"on_bad": "ignore"}, "on_bad = 'ignore'"),
         ({"max_bad_rate": 2}, "max_bad_rate = 2"),
-        ({"eval_strategy": "steps", "eval_steps": 5}, "eval_strategy"),
+        ({"eval_strategy": "steps", "eval_steps": 5}, "no `eval_data`"),
+        ({"eval_sample_steps": 5}, "eval_sample_steps.* no `eval_data`"),
+        ({"eval_data": ["rows.jsonl"]}, "when to validate"),
+        ({"load_best_model_at_end": True, "save_strategy": "no"}, "load_best_model_at_end"),
         ({"resume_from_checkpoint": "runs/x"}, "resume_from_checkpoint"),
         ({"dataloader_drop_last": True}, "every row is used exactly once"),
     ],
@@ -127,4 +130,4 @@ def test_help_shows_ours_first(capsys):
     order = [shown.index(f"  {name} ") for name in ("--model", "--parts", "--max_length", "--output_dir", "--bf16")]
     assert order == sorted(order)
     assert "--adam_beta1" not in shown and "example of a --config file" in shown
-    assert len(shown.splitlines()) < 150
+    assert len(shown.splitlines()) < 180

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from mllm import load_model, load_processor
 from mllm.checkpoints import is_complete
+from mllm.errors import CheckpointError
 from mllm.training import trainer as trainer_module
-from mllm.training.checkpoint import latest_checkpoint, remove_old
+from mllm.training.checkpoint import latest_checkpoint, remove_old, require_weights
 
 PARTS = {"image.connector": "full", "text": {"mode": "lora", "rank": 4}}
 SAVING = {"parts": PARTS, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
@@ -70,6 +71,13 @@ def test_killed_in_the_middle_of_the_weights_goes_on_from_the_checkpoint_before(
 def test_old_checkpoints_go_when_newer_ones_are_there(train, tmp_path):
     out = train(tmp_path / "run", **SAVING | {"save_total_limit": 1})
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+def test_a_checkpoint_without_weights_is_not_complete(straight, tmp_path):
+    require_weights(straight / "checkpoint-2")
+    shutil.copytree(straight / "checkpoint-2", tmp_path / "pieces", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(CheckpointError, match="pieces was written without weights"):
+        require_weights(tmp_path / "pieces")
 
 
 def test_the_newest_complete_checkpoint_counts(straight, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mllm.assemble import assemble
+from mllm.assemble import assemble, assemble_checkpoint
 from mllm.load import load_model
 from mllm.testing import save_tiny_parts, save_tiny_rows
 from mllm.training.arguments import parse_arguments
@@ -27,6 +27,20 @@ def test_shipped_plan_parses(plan):
         # `bf16: true` needs a GPU, or to be told that there is none.
         arguments = parse_arguments(["--config", str(plan), "--stage", stage["name"], "--use_cpu", "true"])
         assert arguments.parts and arguments.data
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda path: path.stem)
+def test_shipped_plan_passes_a_dry_run(plan, tmp_path, train_by_hand):
+    rows = save_tiny_rows(tmp_path / "rows")
+    model = assemble_checkpoint(tmp_path / "model", **save_tiny_parts(tmp_path))
+    for stage in yaml.safe_load(plan.read_text(encoding="utf-8"))["stages"]:
+        out = tmp_path / stage["name"]
+        command = ["--config", plan, "--stage", stage["name"], "--model", model, "--data", f"[{rows}]"]
+        train_by_hand([*map(str, command), "--output_dir", str(out), "--use_cpu", "true", "--dry_run"])
+        report = json.loads((out / "preflight.json").read_text())
+        trained = {part["name"] for part in report["parts"] if part["trained"]}
+        assert trained == {name for name, mode in stage["parts"].items() if mode != "frozen"}
+        assert report["steps"]["total"] > 0 and report["memory"]["total"] > 0
 
 
 def test_llava15_trains_on_tiny_parts(tmp_path):

@@ -40,6 +40,7 @@ def test_a_directory_is_claimed_once_and_the_same_run_goes_on(tmp_path):
         (("data", 0, "take"), "end:3", "other data"),
         (("data", 0, "weight"), 2.0, "other data"),
         (("world_size",), 2, "other world_size"),
+        (("sharding",), "deepspeed zero 2", "other sharding"),
     ],
 )
 def test_another_run_is_refused_and_nothing_changes(tmp_path, path, value, message):

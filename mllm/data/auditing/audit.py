@@ -20,7 +20,7 @@ from mllm.data.quarantine import Bad
 from mllm.data.schema import MediaItem, Row, has_target_media, media_of
 from mllm.data.sources import Source
 from mllm.errors import MediaError, RowError
-from mllm.processing import MllmProcessor
+from mllm.processing import TrainingProcessor
 
 PREFIX_PARTS = 2
 MAX_REASONS = 30
@@ -60,7 +60,7 @@ class Index(Protocol):
 def audit_source(
     index: Index,
     *,
-    processor: MllmProcessor | None = None,
+    processor: TrainingProcessor | None = None,
     max_length: int | None = None,
     decode: Callable[[MediaItem, str], Any] | None = None,
     positions: Iterable[int] | None = None,
@@ -208,7 +208,7 @@ def _media_key(item: MediaItem) -> list[Any]:
     return [item.kind, str(item.path if item.blob is None else item.blob), item.start, item.end]
 
 
-def _add_tokens(tokens: TokenAudit, row: Row, processor: MllmProcessor, lengths: list[int]) -> None:
+def _add_tokens(tokens: TokenAudit, row: Row, processor: TrainingProcessor, lengths: list[int]) -> None:
     try:
         chats = encode_sides(row, processor)
     except CroppedAwayError as error:

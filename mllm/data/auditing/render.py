@@ -7,7 +7,7 @@ from typing import Any
 from mllm.data.coordinates import move_row
 from mllm.data.schema import Answer, MediaItem, PreferenceRow, Row
 from mllm.errors import MllmError, RowError
-from mllm.processing import MllmProcessor
+from mllm.processing import TrainingProcessor
 from mllm.processing.chat import EncodedChat
 from mllm.processing.control import control_tokens
 
@@ -61,7 +61,7 @@ class Side:
     problem: str = ""
 
 
-def render_row(row: Row, processor: MllmProcessor | None = None) -> list[Side]:
+def render_row(row: Row, processor: TrainingProcessor | None = None) -> list[Side]:
     """All sides of a row, token by token where there is a processor; what cannot be encoded says why."""
     if processor is not None:
         try:
@@ -71,7 +71,7 @@ def render_row(row: Row, processor: MllmProcessor | None = None) -> list[Side]:
     return [_render_side(*side, processor, row.name) for side in sides_of(row)]
 
 
-def encode_sides(row: Row, processor: MllmProcessor) -> list[EncodedChat]:
+def encode_sides(row: Row, processor: TrainingProcessor) -> list[EncodedChat]:
     """Ids, weights and spans of all sides of a row.
 
     Raises:
@@ -105,7 +105,7 @@ def _render_side(
     title: str,
     messages: list[dict[str, Any]],
     media: tuple[MediaItem, ...],
-    processor: MllmProcessor | None,
+    processor: TrainingProcessor | None,
     where: str,
 ) -> Side:
     if processor is None:
@@ -120,10 +120,9 @@ def _render_side(
 
 
 def _encode(
-    messages: Sequence[dict[str, Any]], media: Sequence[MediaItem], processor: MllmProcessor, where: str
+    messages: Sequence[dict[str, Any]], media: Sequence[MediaItem], processor: TrainingProcessor, where: str
 ) -> EncodedChat:
-    sizes = [(item.height, item.width) for item in media]
-    return processor.encode_chat(messages, media_sizes=sizes, where=where)
+    return processor.encode_chat(messages, media_sizes=[item.size for item in media], where=where)
 
 
 def _plain_tokens(messages: Sequence[dict[str, Any]]) -> list[Token]:
@@ -144,7 +143,7 @@ def _plain_tokens(messages: Sequence[dict[str, Any]]) -> list[Token]:
 
 
 def _roles(
-    chat: EncodedChat, messages: Sequence[dict[str, Any]], media: Sequence[MediaItem], processor: MllmProcessor
+    chat: EncodedChat, messages: Sequence[dict[str, Any]], media: Sequence[MediaItem], processor: TrainingProcessor
 ) -> list[str]:
     """Whose each token is: a message's are those by which the encoded conversation grows when the message is added.
 
@@ -164,7 +163,7 @@ def _roles(
     return roles + [messages[-1]["role"]] * (len(chat.input_ids) - len(roles))
 
 
-def _tokens(chat: EncodedChat, roles: Sequence[str], processor: MllmProcessor) -> list[Token]:
+def _tokens(chat: EncodedChat, roles: Sequence[str], processor: TrainingProcessor) -> list[Token]:
     """The sequence from left to right, each span of placeholders as one."""
     tokens: list[Token] = []
     done = 0
@@ -177,7 +176,7 @@ def _tokens(chat: EncodedChat, roles: Sequence[str], processor: MllmProcessor) -
 
 
 def _text_tokens(
-    chat: EncodedChat, roles: Sequence[str], processor: MllmProcessor, start: int, end: int
+    chat: EncodedChat, roles: Sequence[str], processor: TrainingProcessor, start: int, end: int
 ) -> list[Token]:
     tokenizer = processor.tokenizer
     names = control_tokens(tokenizer, processor.image_token, processor.end_of_turn_token)

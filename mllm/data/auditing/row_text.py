@@ -5,7 +5,7 @@ from itertools import groupby
 
 from mllm.data.auditing.render import Side, Token, render_row
 from mllm.data.schema import MediaItem, Row
-from mllm.processing import MllmProcessor
+from mllm.processing import TrainingProcessor
 
 RESET = "\x1b[0m"
 COLOURS = {"system": "35", "user": "34", "assistant": "32", "": "90"}
@@ -39,7 +39,7 @@ def legend(*, colour: bool, has_tokens: bool) -> str:
     )
 
 
-def row_text(row: Row, processor: MllmProcessor | None = None, *, colour: bool) -> str:
+def row_text(row: Row, processor: TrainingProcessor | None = None, *, colour: bool) -> str:
     """A row, side by side below each other, token by token."""
     head = f"--- {visible(row.id)}  {visible(row.source)}  {visible(row.where)}"
     return "\n".join([head, *(_side_text(side, colour) for side in render_row(row, processor))])

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from mllm.data.auditing.render import encode_sides, num_learned, sides_of
+from mllm.data.batch_plan import rank_batches
 from mllm.data.mixture import Mixture
-from mllm.data.sampler import rank_batches
 from mllm.data.schema import Row
 from mllm.errors import RowError
-from mllm.processing import MllmProcessor
+from mllm.processing import TrainingProcessor
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class BatchSize:
     sources: dict[str, int] = field(default_factory=dict)
 
 
-def row_size(row: Row, source: str, processor: MllmProcessor | None = None) -> RowSize | None:
+def row_size(row: Row, source: str, processor: TrainingProcessor | None = None) -> RowSize | None:
     """Measure a row; None for one that the processor refuses, which an audit names."""
     sides = list(sides_of(row))
     learned = sum(_num_words(messages, learned=True) for _, messages, _ in sides)
@@ -122,7 +122,7 @@ class Statistics:
 
 def measure(
     mixture: Mixture,
-    processor: MllmProcessor | None,
+    processor: TrainingProcessor | None,
     *,
     positions: Sequence[int],
     batch_size: int,

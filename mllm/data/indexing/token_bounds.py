@@ -9,8 +9,8 @@ from jinja2 import TemplateError
 
 from mllm.data.indexing.index import RowIndex
 from mllm.data.schema import MEDIA_KINDS
-from mllm.processing import MllmProcessor
-from mllm.sizes import num_image_tokens
+from mllm.processing import TrainingProcessor
+from mllm.sizes import LONGEST_SOUND, MediaSize
 
 # How often longer than before a text can be, in UTF-8, behind each part of a normalizer. NFC has a column of its own.
 _GROWTH = {
@@ -25,7 +25,7 @@ _ASSISTANT = {"role": "assistant", "content": "5"}
 _SYSTEM = {"role": "system", "content": "5"}
 
 
-def token_bounds(index: RowIndex, processor: MllmProcessor) -> np.ndarray:
+def token_bounds(index: RowIndex, processor: TrainingProcessor) -> np.ndarray:
     """At least as many tokens as `count_tokens` will find, for every row, uint32.
 
     Why it holds. A token is made of at least one character, or of at least one byte where the tokenizer falls back to
@@ -44,29 +44,34 @@ def token_bounds(index: RowIndex, processor: MllmProcessor) -> np.ndarray:
     texts *= np.where(index.column("has_boxes"), _BOX_GROWTH, 1)
     # The answer of a preference is no message of its row; `per_row` has room for it.
     messages = index.column("num_messages").astype(np.int64)
-    bounds = texts + 2 * (per_row + per_message * messages) + _media_bounds(index, processor)
+    bounds = texts + 2 * (per_row + per_message * messages) + media_tokens(index, processor, around=_AROUND_IMAGE)
     return bounds.clip(max=0xFFFFFFFF).astype(np.uint32)
 
 
-def _media_bounds(index: RowIndex, processor: MllmProcessor) -> np.ndarray:
+def media_tokens(index: RowIndex, processor: TrainingProcessor, *, around: int = 0) -> np.ndarray:
+    """The tokens that the media of every row become, and `around` more for each item."""
     rows, kinds, heights, widths = index.media_columns("kind", "height", "width")
-    rule = processor.image_token_rule
-    if rule is None or not len(rows):
+    if not processor.media_kinds or not len(rows):
         return np.zeros(len(index), np.int64)
     # One number for each size: sorting rows of an array takes seconds.
     packed = (kinds.astype(np.int64) << 60) + (heights.astype(np.int64) << 30) + widths
     sizes, which = np.unique(packed, return_inverse=True)
     # A row with media of other kinds is refused. A template may write a newline behind a placeholder.
     tokens = [
-        num_image_tokens((size >> 30) & _SIDE, size & _SIDE, rule) + _AROUND_IMAGE
-        if MEDIA_KINDS[size >> 60] == "image"
+        processor.most_tokens(_size_of(kind, (size >> 30) & _SIDE, size & _SIDE)) + around
+        if (kind := MEDIA_KINDS[size >> 60]) in processor.media_kinds
         else 0
         for size in sizes.tolist()
     ]
     return np.bincount(rows, np.array(tokens)[which], minlength=len(index)).astype(np.int64)
 
 
-def _template_bytes(processor: MllmProcessor) -> tuple[int, int]:
+def _size_of(kind: str, height: int, width: int) -> MediaSize:
+    """A sound is taken for the longest that a model reads: it may have `start` and `end`."""
+    return (LONGEST_SOUND,) if kind == "audio" else (height, width)
+
+
+def _template_bytes(processor: TrainingProcessor) -> tuple[int, int]:
     """Bytes that the template writes of its own: at most once a conversation, two messages included, and a message."""
 
     def size(*messages: dict[str, str]) -> int:

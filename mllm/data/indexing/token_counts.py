@@ -20,8 +20,9 @@ from mllm.data.coordinates import move_row
 from mllm.data.indexing.index import RowIndex
 from mllm.data.schema import MediaItem, PreferenceRow, Row
 from mllm.errors import RowError
-from mllm.processing import MllmProcessor
+from mllm.processing import TrainingProcessor
 from mllm.processing.chat_lengths import Chat, ChatLengths
+from mllm.sizes import MediaSize
 
 CHUNK_ROWS = 2048
 """Rows that are counted at a time; an interrupted pass goes on behind the last complete chunk."""
@@ -32,7 +33,7 @@ _OPEN = 0xFFFFFFFF
 
 def count_tokens(
     index: RowIndex,
-    processor: MllmProcessor,
+    processor: TrainingProcessor,
     *,
     workers: int | None = None,
     progress: Callable[[int], Any] | None = None,
@@ -75,16 +76,16 @@ def count_tokens(
     return np.load(done, mmap_mode="r")
 
 
-def has_counts(index: RowIndex, processor: MllmProcessor) -> bool:
+def has_counts(index: RowIndex, processor: TrainingProcessor) -> bool:
     """Whether `count_tokens` has been through these rows under this very processor."""
     return not len(index) or _counts_file(index, processor).is_file()
 
 
-def _counts_file(index: RowIndex, processor: MllmProcessor) -> Path:
+def _counts_file(index: RowIndex, processor: TrainingProcessor) -> Path:
     return index.derived_dir / f"tokens-{fingerprint(processor)[:32]}.npy"
 
 
-def fingerprint(processor: MllmProcessor) -> str:
+def fingerprint(processor: TrainingProcessor) -> str:
     """A hash of everything that decides how many tokens a conversation has."""
     tokenizer = processor.tokenizer
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -95,7 +96,7 @@ def fingerprint(processor: MllmProcessor) -> str:
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "template": processor.chat_template,
         "tokens": [processor.image_token, processor.end_of_turn_token],
-        "images": repr(processor.image_token_rule),
+        "images": processor.media_rule(),
         "geometry": processor.image_geometry,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -124,8 +125,8 @@ def chats_of(row: Row, geometry: str | None) -> list[Chat]:
     ]
 
 
-def _sizes(media: Iterable[MediaItem]) -> list[tuple[int, int]]:
-    return [(item.height, item.width) for item in media]
+def _sizes(media: Iterable[MediaItem]) -> list[MediaSize]:
+    return [item.size for item in media]
 
 
 @dataclass
@@ -133,7 +134,7 @@ class _Counter:
     """What a process needs to count."""
 
     index: RowIndex
-    processor: MllmProcessor
+    processor: TrainingProcessor
 
     def __post_init__(self) -> None:
         self.lengths = ChatLengths(self.processor)
@@ -158,7 +159,7 @@ _counter: _Counter | None = None
 """Of a worker process."""
 
 
-def _start_worker(index: RowIndex, processor: MllmProcessor) -> None:
+def _start_worker(index: RowIndex, processor: TrainingProcessor) -> None:
     global _counter
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one process for each core already
     _counter = _Counter(index, processor)
@@ -170,7 +171,7 @@ def _count_in_worker(start: int) -> tuple[int, np.ndarray]:
 
 
 def _counted(
-    index: RowIndex, processor: MllmProcessor, starts: list[int], workers: int | None
+    index: RowIndex, processor: TrainingProcessor, starts: list[int], workers: int | None
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Chunks as they become ready."""
     if workers is None:
