@@ -21,7 +21,7 @@ from mllm.errors import CheckpointError, MllmError, user_errors
 from mllm.evaluation.quickstart_report import draw_chat, format_table, summarize
 
 ROOT = Path(__file__).resolve().parent.parent
-BUDGET = {"data": 15, "backbones": 170, "train": 260, "look": 12, "evaluate": 18, "export": 12, "chat": 5}
+BUDGET = {"data": 15, "backbones": 185, "train": 245, "look": 12, "evaluate": 18, "export": 12, "chat": 5}
 """Seconds each step may take on two cores: the spine eight minutes, what joins it ten with it."""
 QUESTION = "What is in the picture?"
 

