@@ -25,6 +25,9 @@ PRIVATE_NAMES = (
     PrivateName("transformers", "PreTrainedModel._tied_weights_keys", "the head may be the text embedding"),
     PrivateName("transformers", "ProcessorMixin._get_arguments_from_pretrained", "loads only the parts there are"),
     PrivateName("transformers", "InternVLProcessor._get_num_multimodal_tokens", "number of tiles of an image"),
+    PrivateName(
+        "transformers", "Trainer._get_grad_norm", "gradients that are no numbers stop the run before the step"
+    ),
     PrivateName("transformers", "Trainer._get_output_dir", "checkpoints are written beside their place, then renamed"),
     PrivateName("transformers", "Trainer._prepare_inputs", "brings a batch of validation to the model's device"),
     PrivateName("transformers", "Trainer._save", "weights or adapter, processor and run.json; no pickled arguments"),

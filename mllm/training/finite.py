@@ -53,17 +53,27 @@ class FiniteLoss:
         """
         losses = torch.stack(self._losses)
         is_broken = (~losses.isfinite()).any().float()
-        if not accelerator.reduce(is_broken, reduction="sum"):
+        if accelerator.reduce(is_broken, reduction="sum"):
+            found = gather_object([self._describe(losses.tolist())])
+            raise _not_a_number("a loss", found, step=step, learning_rate=learning_rate, output_dir=output_dir)
+
+    def check_gradients(self, norm: float | None, *, step: int, learning_rate: float, output_dir: Path) -> None:
+        """Raise if the norm of the step's gradients, the same on all ranks, is no number, though its losses are.
+
+        Args:
+            norm: Of all gradients; None where it is not known.
+            step: Its number.
+            learning_rate: It would be taken with.
+            output_dir: Of the run.
+
+        Raises:
+            TrainingError: It is not.
+        """
+        if norm is None or math.isfinite(norm):
             return
-        found = [line for lines in gather_object([self._describe(losses.tolist())]) for line in lines]
-        checkpoint = latest_checkpoint(output_dir)
-        kept = f"{checkpoint} is whole: the same command goes on from it" if checkpoint else "Nothing was saved"
-        raise TrainingError(
-            f"step {step}, at a learning rate of {learning_rate:g}: " + "; ".join(found),
-            expected="a loss that is a number",
-            do="lower `learning_rate`, warm up longer (`warmup_steps`), or use bf16 in place of fp16; look at the "
-            f"rows if it is always the same ones. {kept}",
-        )
+        rows = [position for positions in self._positions for position in positions]
+        found = gather_object([[f"gradients of norm {norm} after {self._name_rows(tuple(rows))}"]])
+        raise _not_a_number("gradients", found, step=step, learning_rate=learning_rate, output_dir=output_dir)
 
     def _describe(self, losses: list[float]) -> list[str]:
         """Each broken micro-batch: its loss, and the rows in it."""
@@ -84,3 +94,18 @@ class FiniteLoss:
             names.append(row.name + (f" with {', '.join(files)}" if files else ""))
         more = len(positions) - SHOWN_ROWS
         return ", ".join(names) + (f" and {more} more" if more > 0 else "")
+
+
+def _not_a_number(
+    what: str, found: list[list[str]], *, step: int, learning_rate: float, output_dir: Path
+) -> TrainingError:
+    """The error that all ranks raise, with what each of them found."""
+    checkpoint = latest_checkpoint(output_dir)
+    kept = f"{checkpoint} is whole: the same command goes on from it" if checkpoint else "Nothing was saved"
+    return TrainingError(
+        f"step {step}, at a learning rate of {learning_rate:g}: "
+        + "; ".join(line for lines in found for line in lines),
+        expected=f"{what} that can be reckoned with: finite numbers",
+        do="lower `learning_rate`, warm up longer (`warmup_steps`), or use bf16 in place of fp16; look at the "
+        f"rows if it is always the same ones. {kept}",
+    )

@@ -197,20 +197,28 @@ class MllmTrainer(Trainer):
         self.source_losses.add(inputs["sources"], outputs.token_losses)
         self.finite_loss.add(outputs.loss)
         if self.accelerator.sync_gradients:
-            self._check_loss()
+            self.finite_loss.check(self.accelerator, **self._step_in_work())
         # The gradients of all ranks are averaged, and each loss is already divided by the tokens of all.
         loss = outputs.loss * self.accelerator.num_processes
         if self.args.world_size == 1 and not any(len(inputs.get(name, ())) for name in MEDIA_INPUTS):
             loss = loss + sum(0.0 * parameter.sum() for parameter in self.tower_parameters)
         return (loss, outputs) if return_outputs else loss
 
-    def _check_loss(self) -> None:
-        self.finite_loss.check(
-            self.accelerator,
-            step=self.state.global_step + 1,
-            learning_rate=self.optimizer.param_groups[0]["lr"],
-            output_dir=Path(self.args.output_dir),
-        )
+    def _step_in_work(self) -> dict[str, Any]:
+        rate = self.optimizer.param_groups[0]["lr"]
+        step = self.state.global_step + 1
+        return {"step": step, "learning_rate": rate, "output_dir": Path(self.args.output_dir)}
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """The norm of the gradients, seen before the step is taken (by DeepSpeed: before it is saved).
+
+        Raises:
+            TrainingError: It is no number.
+        """
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.accelerator.scaler is None:  # that of fp16 looks for such gradients, and leaves the step out, itself
+            self.finite_loss.check_gradients(None if norm is None else float(norm), **self._step_in_work())
+        return norm
 
     def evaluate(self, *args, **kwargs) -> dict[str, int | float]:
         """Log the loss on the validation rows, in all and by source. transformers calls this when it is time."""

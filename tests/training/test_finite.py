@@ -48,6 +48,22 @@ def test_it_stops_before_the_step_and_names_the_rows(train, tmp_path, break_the_
     _assert_only_the_whole_is_left(tmp_path)
 
 
+def test_gradients_of_a_whole_loss_are_looked_at_too(train, tmp_path, monkeypatch):
+    made = []
+
+    def broken(*args, **kwargs):
+        loss, token_losses = supervised_loss(*args, **kwargs)
+        made.append(loss)
+        if len(made) == BROKEN_STEP:
+            loss.register_hook(lambda gradient: gradient * float("nan"))
+        return loss, token_losses
+
+    monkeypatch.setattr(modeling, "supervised_loss", broken)
+    with pytest.raises(TrainingError, match=f"step {BROKEN_STEP}.*gradients of norm nan after row 'row-"):
+        train(tmp_path, **OPTIONS)
+    _assert_only_the_whole_is_left(tmp_path)
+
+
 def test_it_is_seen_in_any_micro_batch(train, tmp_path, break_the_loss):
     """In the first of two, after which the second is whole again; only the rows of the first are named."""
     break_the_loss(float("nan"), calls=2 * BROKEN_STEP - 1)
