@@ -48,7 +48,7 @@ LESSONS = (  # of the text rows: how many, questions each, fewest digits of a sc
     (1600, 1, 3, False, {"color": 1}),  # one kind at a time, and no scene with one digit: a guess must not pay
     (6400, 3, 3, True, {"color": 1, "position": 4}),
     (4800, 3, 1, True, {"color": 1, "position": 2, "presence": 1, "count": 2}),
-    (14400, 1, 1, True, {"color": 1, "position": 2, "presence": 1, "count": 1, "caption": 2}),
+    (17600, 1, 1, True, {"color": 1, "position": 2, "presence": 1, "count": 1, "caption": 2}),
 )
 EVAL_FRACTION = 0.2  # of the scans of each digit
 QUESTIONS = {
