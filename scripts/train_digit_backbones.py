@@ -291,11 +291,11 @@ def optimise(model: torch.nn.Module, losses: Iterable, steps: int, name: str) ->
         name: For the progress bar.
     """
     named = dict(model.named_parameters())
-    matrices = [weight for key, weight in named.items() if ".layers." in key and weight.ndim == 2]
-    others = [weight for key, weight in named.items() if not (".layers." in key and weight.ndim == 2)]
+    matrices = {key: weight for key, weight in named.items() if ".layers." in key and weight.ndim == 2}
+    others = [weight for key, weight in named.items() if key not in matrices]
     settings: dict = {"weight_decay": 0.05}
     optimizers = (
-        torch.optim.Muon(matrices, lr=4e-3, adjust_lr_fn="match_rms_adamw", **settings),
+        torch.optim.Muon(matrices.values(), lr=4e-3, adjust_lr_fn="match_rms_adamw", **settings),
         torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.98), **settings),
     )
     warm_up, decay = max(1, steps // 20), max(1, steps // 3)

@@ -102,6 +102,23 @@ def rows(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def lopsided_rows(tmp_path_factory) -> Path:
+    """Nine rows. Those that the second of two ranks gets are text alone in the first epoch, and some in the second.
+
+    In micro-batches of 2 and with seed 42 there are two whole steps, then one row for one rank and none for the other.
+    """
+    from mllm.data.batch_plan import rank_batches
+    from mllm.data.order import every_row_once
+    from mllm.testing import save_tiny_rows
+
+    second = list(rank_batches(every_row_once(9)(0, 42), batch_size=2, rank=1, world_size=2))
+    assert second[-1] == []
+    text_only = {row for batch in second for row in batch}
+    directory = tmp_path_factory.mktemp("lopsided")
+    return save_tiny_rows(directory, 9, num_images=lambda number: 0 if number in text_only else 1 + number % 2)
+
+
+@pytest.fixture(scope="session")
 def train(assembled: Path, rows: Path):
     """Run `train/sft.py` in this process, on the tiny model and rows unless told otherwise; returns OUTPUT_DIR."""
     from mllm.training.arguments import build_arguments

@@ -48,7 +48,7 @@ def is_end(token_id: int, config: GenerationConfig) -> bool:
 
 
 @contextmanager
-def eval_mode(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
     """Without dropout inside; training mode is put back afterwards."""
     was_training = model.training
     model.eval()

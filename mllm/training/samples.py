@@ -14,11 +14,10 @@ from mllm.data.collate import PaddingCollator
 from mllm.data.examples import Example, Examples
 from mllm.data.labels import IGNORED
 from mllm.errors import MllmError
-from mllm.inference.generation import generation_config, without_end
+from mllm.inference.generation import eval_mode, generation_config, without_end
 from mllm.inference.prompt import Prompt, room_for_answer
 from mllm.inference.text_stream import decode_answer
 from mllm.training.callbacks import append_log
-from mllm.training.validation import in_eval_mode
 
 LONGEST_ANSWER = 64
 
@@ -90,7 +89,7 @@ class SampleAnswers(TrainerCallback):
             for name, value in self.collate([asked]).items()
             if name not in ("labels", "sources")
         }
-        with in_eval_mode(model), torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             generated = model.generate(**inputs, generation_config=config)
         tokens = generated[0, inputs["input_ids"].shape[1] :].tolist()
         return decode_answer(self.collate.processor.tokenizer, without_end(tokens, config))

@@ -1,7 +1,6 @@
 """The loss on rows that are not trained on: over all tokens of all ranks, and by source."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from mllm.data.batch_plan import deal_evenly
 from mllm.data.collate import LeavingOut
 from mllm.data.examples import Examples
 from mllm.data.left_out import usable_batches
+from mllm.inference.generation import eval_mode
 from mllm.training.source_losses import SourceLosses, source_names, with_token_sources
 
 
@@ -64,20 +64,9 @@ class Validation:
             As `SourceLosses.read` does.
         """
         found = SourceLosses(self.names)
-        with in_eval_mode(model), torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             for batch in usable_batches(self._loader, self.examples.account.add):
                 inputs = {**prepare(with_token_sources(batch))}
                 sources = inputs.pop("sources")
                 found.add(sources, model(**inputs, use_cache=False).token_losses)
         return {name: value for name, value in found.read().items() if name != "empty_micro_batches"}
-
-
-@contextmanager
-def in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Without dropout inside; training mode is put back afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

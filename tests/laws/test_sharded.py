@@ -21,20 +21,17 @@ from torch.distributed.fsdp import fully_shard
 
 from mllm import load_model
 from mllm.checkpoints import mark_complete
-from mllm.data.batch_plan import RandomPlan
 from mllm.data.collate import PaddingCollator
 from mllm.data.examples import Examples
 from mllm.data.mixture_file import open_mixture, read_mixture
-from mllm.data.order import every_row_once
 from mllm.load import merged
 from mllm.models.parts import PartOptions, apply_modes
-from mllm.testing import save_tiny_rows, tiny_model
+from mllm.testing import tiny_model
 from mllm.testing_checkpoints import save_stock_checkpoint
 from mllm.training import trainer
 from mllm.training.checkpoint import latest_checkpoint
 
 ACCELERATE = Path(__file__).parents[2] / "train" / "accelerate"
-NUM_ROWS, SEED = 9, 42  # in micro-batches of 2 on 2 ranks: at the end one row for the first rank, none for the other
 
 OPTIONS = {"optim": "sgd", "max_steps": 5, "logging_steps": 1, "weight_decay": 0.1}
 RUNS = {
@@ -66,15 +63,6 @@ GOES_ON = {
 
 
 @pytest.fixture(scope="module")
-def mixed(tmp_path_factory) -> Path:
-    """Rows of which those of the second rank are text alone in the first epoch, and some in the second."""
-    plan = RandomPlan(every_row_once(NUM_ROWS), batch_size=2, world_size=2, seed=SEED)
-    text_only = {row for step in plan(0) for row in step[1].tolist()}
-    directory = tmp_path_factory.mktemp("rows")
-    return save_tiny_rows(directory, NUM_ROWS, num_images=lambda number: 0 if number in text_only else 1 + number % 2)
-
-
-@pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, dict]:
     """The runs on a composed model, and one on transformers' own LLaVA."""
     stock = tmp_path_factory.mktemp("stock") / "llava"
@@ -83,17 +71,17 @@ def runs(tmp_path_factory) -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module")
-def one(train, runs, mixed, tmp_path_factory) -> Path:
+def one(train, runs, lopsided_rows, tmp_path_factory) -> Path:
     """Each run in one process."""
     root = tmp_path_factory.mktemp("one")
     for name, options in runs.items():
-        train(root / name, data=[str(mixed)], **OPTIONS | options, per_device_train_batch_size=4)
+        train(root / name, data=[str(lopsided_rows)], **OPTIONS | options, per_device_train_batch_size=4)
     return root
 
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_sharded_equals_one_process(train, runs, one, mixed, two_ranks, tmp_path, stage):
-    two_ranks(_train_all, train, runs, mixed, tmp_path, stage)
+def test_sharded_equals_one_process(train, runs, one, lopsided_rows, two_ranks, tmp_path, stage):
+    two_ranks(_train_all, train, runs, lopsided_rows, tmp_path, stage)
     for name in runs:
         weights, sharded = (merged(load_model(root / name / "final")).state_dict() for root in (one, tmp_path))
         for key in weights:
@@ -119,10 +107,10 @@ def _train_all(train, runs: dict, rows: Path, root: Path, stage: str) -> None:
     train(root / "stopped", data=[str(rows)], **GOES_ON)
 
 
-def test_fully_sharded_equals_one_process(mixed, two_ranks, tmp_path):
+def test_fully_sharded_equals_one_process(lopsided_rows, two_ranks, tmp_path):
     """FSDP2 itself, since accelerate leaves it out on the CPU; each layer and the connector are sharded apart."""
     model, processor = tiny_model(tmp_path)
-    examples = Examples(open_mixture(read_mixture([str(mixed)])), processor)
+    examples = Examples(open_mixture(read_mixture([str(lopsided_rows)])), processor)
     with_images = [example for example in examples if example.row.media][:2]
     without = [example for example in examples if not example.row.media][:2]
     collate = PaddingCollator(processor)
@@ -167,12 +155,12 @@ def _backward_sharded(model, batches: list[dict], num_items: int, root: Path) ->
 
 
 @pytest.mark.slow
-def test_killed_while_saving_goes_on_from_the_checkpoint_before(train, mixed, two_ranks, tmp_path):
+def test_killed_while_saving_goes_on_from_the_checkpoint_before(train, lopsided_rows, two_ranks, tmp_path):
     """The first rank is killed when all shards are written, and the checkpoint is not yet marked complete."""
     with pytest.raises(AssertionError):
-        two_ranks(_train_and_die, train, mixed, tmp_path)
+        two_ranks(_train_and_die, train, lopsided_rows, tmp_path)
     assert latest_checkpoint(tmp_path / "killed") == tmp_path / "killed" / "checkpoint-2"
-    two_ranks(_train_killed_and_straight, train, mixed, tmp_path)
+    two_ranks(_train_killed_and_straight, train, lopsided_rows, tmp_path)
     killed, straight = (load_model(tmp_path / run / "final").state_dict() for run in ("killed", "straight"))
     assert [key for key in straight if not torch.equal(straight[key], killed[key])] == []
     assert sorted(os.listdir(tmp_path / "killed")) == sorted(os.listdir(tmp_path / "straight"))
@@ -197,10 +185,10 @@ def _train_killed_and_straight(train, rows: Path, root: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_fsdp2_through_accelerate_equals_one_process(one, mixed, assembled, tmp_path):
+def test_fsdp2_through_accelerate_equals_one_process(one, lopsided_rows, assembled, tmp_path):
     """On all GPUs there are, be it one; with the file that is shipped."""
     name = "all parts, image by image"
-    options = OPTIONS | RUNS[name] | {"model": str(assembled), "data": [str(mixed)], "learning_rate": 1e-2}
+    options = OPTIONS | RUNS[name] | {"model": str(assembled), "data": [str(lopsided_rows)], "learning_rate": 1e-2}
     options |= {"per_device_train_batch_size": 4 // torch.cuda.device_count(), "report_to": "none"}
     options |= {"save_strategy": "steps", "save_steps": 2, "output_dir": str(tmp_path / "run")}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(options))
