@@ -23,7 +23,11 @@ PRIVATE_NAMES = (
     PrivateName("transformers", "PreTrainedModel._supports_flex_attn", "our models hand attention on"),
     PrivateName("transformers", "PreTrainedModel._supports_sdpa", "our models hand attention on"),
     PrivateName("transformers", "PreTrainedModel._tied_weights_keys", "the head may be the text embedding"),
+    PrivateName(
+        "transformers", "GenerationMixin._expand_multimodal_outputs", "repeats media with their rows, sounds too"
+    ),
     PrivateName("transformers", "ProcessorMixin._get_arguments_from_pretrained", "loads only the parts there are"),
+    PrivateName("transformers", "ProcessorMixin._process_images", "images in tiles, and what stands for each"),
     PrivateName("transformers", "InternVLProcessor._get_num_multimodal_tokens", "number of tiles of an image"),
     PrivateName(
         "transformers", "Trainer._get_grad_norm", "gradients that are no numbers stop the run before the step"

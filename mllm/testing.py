@@ -1,8 +1,9 @@
 """Tiny tokenizers, processors and models made in memory, for tests and scripts. Nothing is downloaded."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from transformers import (
 from mllm.assemble import assemble
 from mllm.models import MllmForConditionalGeneration
 from mllm.processing import MllmProcessor
+from mllm.testing_sounds import save_tiny_audio_encoder
 
 # Enough words for merges to exist, so that a token can be longer than one letter and a boundary can be crossed.
 CORPUS = (
@@ -195,8 +197,11 @@ def save_tiny_parts(
     tokenizer: str = "qwen",
     spare_rows: int = 8,
     tied: bool = False,
+    image: Mapping[str, Any] | None = None,
+    audio: Mapping[str, Any] | None = None,
+    video: Mapping[str, Any] | None = None,
     **fields,
-) -> dict[str, str]:
+) -> dict[str, Any]:
     """Save a tiny encoder and a tiny language model as downloads look, and return them as options of `assemble`.
 
     Args:
@@ -206,24 +211,33 @@ def save_tiny_parts(
         tokenizer: Kind of tokenizer, see `tiny_tokenizer`.
         spare_rows: Vocabulary rows above the tokenizer's ids; 0 makes `assemble` extend the embedding.
         tied: Whether head and embedding share their matrix.
+        image: Further options of the image tower.
+        audio: Options of an audio tower, for which a tiny encoder is saved; `encoder` is its family, by default
+            "whisper". None for no such tower.
+        video: Options of a video tower; None for no such tower.
         **fields: Further fields of the language model's config.
     """
-    paths = {"image_encoder": str(directory / "encoder"), "language_model": str(directory / "llm")}
+    paths = {"encoder": str(directory / "encoder"), "language_model": str(directory / "llm")}
     words = tiny_tokenizer(tokenizer)
     model = tiny_llm(llm, vocab_size=len(words) + spare_rows, tied=tied, **fields)
     model.generation_config.eos_token_id = words.eos_token_id
     model.generation_config.pad_token_id = words.pad_token_id
     model.save_pretrained(paths["language_model"])
     words.save_pretrained(paths["language_model"])
-    tiny_encoder(encoder).save_pretrained(paths["image_encoder"])
-    _image_processor().save_pretrained(paths["image_encoder"])
-    return paths
+    tiny_encoder(encoder).save_pretrained(paths["encoder"])
+    _image_processor().save_pretrained(paths["encoder"])
+    parts = {"language_model": paths["language_model"], "image": {"encoder": paths["encoder"], **(image or {})}}
+    if audio is not None:
+        encoder = save_tiny_audio_encoder(directory / "audio_encoder", audio.get("encoder", "whisper"))
+        parts["audio"] = {**audio, "encoder": encoder}
+    if video is not None:
+        parts["video"] = dict(video)
+    return parts
 
 
 def tiny_model(directory: Path, **parts) -> tuple[MllmForConditionalGeneration, MllmProcessor]:
     """An assembled model with its processor, out of `save_tiny_parts(directory, **parts)`."""
-    paths = save_tiny_parts(directory, **parts)
-    return assemble(image_encoder=paths["image_encoder"], language_model=paths["language_model"])
+    return assemble(**save_tiny_parts(directory, **parts))
 
 
 def save_tiny_rows(

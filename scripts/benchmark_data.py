@@ -257,7 +257,7 @@ def make_processor(directory: Path, sentences: list[str]) -> None:
     add_placeholder(tokenizer, "<image>", num_rows=len(tokenizer) + 1)
     rule = ImageTokenRule(image_size=336, patch_size=14, num_prefix_tokens=1, feature_select="default")
     images = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
-    build_processor(tokenizer, images, rule=rule, chat_template="chatml").save_pretrained(directory)
+    build_processor(tokenizer, images, rules={"image": rule}, chat_template="chatml").save_pretrained(directory)
 
 
 def peak_gb() -> float:

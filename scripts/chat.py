@@ -1,9 +1,9 @@
-"""Talk to a model in the terminal, about pictures if you like.
+"""Talk to a model in the terminal, about pictures, sounds and videos if it reads them.
 
     python scripts/chat.py runs/quickstart/run/sft/final --image scene.png
 
-Type a question and press enter. /image PATH adds a picture to the next question, /new starts over, /quit ends.
-Questions can be piped in, too: one a line.
+Type a question and press enter. /image PATH, /audio PATH or /video PATH adds a file to the next question, /new starts
+over, /quit ends. Questions can be piped in, too: one a line.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from mllm.errors import MllmError, user_errors
 from mllm.inference import Chat
+from mllm.inference.media import KINDS, NOUNS, read_medium
 from mllm.processing.images import decode_image
 
 
@@ -22,21 +23,22 @@ def main() -> None:
     """Load the model, then answer line by line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="directory of a model or adapter, or Hub id of a model")
-    parser.add_argument("--image", type=Path, nargs="+", default=[], help="pictures for the first question")
+    for kind, noun in NOUNS.items():
+        parser.add_argument(f"--{kind}", type=Path, nargs="+", default=[], help=f"{noun}s for the first question")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer, in tokens")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     logging.disable_progress_bar()
     with user_errors():
-        pictures = [checked(path) for path in args.image]
+        media = [media_item(kind, path) for kind in KINDS for path in getattr(args, kind)]
         chat = Chat.from_pretrained(
             args.model, device=args.device, max_new_tokens=args.max_new_tokens, temperature=args.temperature
         )
-        converse(chat, pictures)
+        converse(chat, media)
 
 
-def converse(chat: Chat, pictures: list[str]) -> None:
+def converse(chat: Chat, media: list[dict]) -> None:
     """Answer until the input ends. What cannot be answered is said, and does not become part of the conversation."""
     messages: list[dict] = []
     while (line := read_line()) is not None:
@@ -45,14 +47,14 @@ def converse(chat: Chat, pictures: list[str]) -> None:
             if command == "/quit":
                 return
             elif command == "/new":
-                messages, pictures = [], []
-            elif command == "/image":
-                pictures = [*pictures, checked(Path(rest.strip()))]
+                messages, media = [], []
+            elif command.removeprefix("/") in KINDS and command.startswith("/"):
+                media = [*media, media_item(command[1:], Path(rest.strip()))]
             elif line:
-                question = {"role": "user", "content": [*map(image_item, pictures), {"type": "text", "text": line}]}
+                question = {"role": "user", "content": [*media, {"type": "text", "text": line}]}
                 answer = say(chat, [*messages, question])
                 messages += [question, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-                pictures = []
+                media = []
         except MllmError as error:
             if not sys.stdin.isatty():
                 raise
@@ -81,15 +83,14 @@ def read_line() -> str | None:
         return None
 
 
-def checked(path: Path) -> str:
-    """The path, if there is a picture that can be read."""
-    decode_image(path)
-    return str(path)
-
-
-def image_item(path: str) -> dict:
-    """A content item."""
-    return {"type": "image", "image": path}
+def media_item(kind: str, path: Path) -> dict:
+    """A content item, if there is a file of this kind that can be read."""
+    item = {"type": kind, kind: str(path)}
+    if kind == "image":
+        decode_image(path)
+    else:
+        read_medium(item, name=f"/{kind}")
+    return item
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python scripts/evaluate_model.py runs/quickstart/run/sft/final --rows runs/quickstart/data/eval --out eval.json
 
-For every task it writes the model's metrics, those with a blank picture and those of the best constant answer, and
-the answers themselves.
+For every task it writes the model's metrics; the better, metric by metric, of its own with blank media (grey pictures and
+frames, silence) and of the best constant answer; and the answers themselves.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from mllm.load import merged
 def main() -> None:
     parser = argparse.ArgumentParser(description="Score a model on the digits world.", epilog=__doc__)
     parser.add_argument("model", help="checkpoint directory, an adapter's too")
-    parser.add_argument("--rows", type=Path, required=True, help="directory with one JSONL file per task")
+    parser.add_argument("--rows", type=Path, nargs="+", required=True, help="directories with one JSONL file per task")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--batch_size", type=int, default=128, help="questions answered at once")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="which files of --rows to use")
@@ -39,17 +39,11 @@ def main() -> None:
 
 
 def evaluate(args: argparse.Namespace) -> dict:
-    """Answer every row twice, with and without its picture, and score both."""
-    missing = [task for task in args.tasks if not (args.rows / f"{task}.jsonl").is_file()]
-    if missing:
-        raise OptionError(
-            f"--rows {args.rows} has no {missing[0]}.jsonl",
-            expected="a JSONL file for each of --tasks, as data_recipes/digits.py writes them",
-            do="name the recipe's `eval` directory",
-        )
+    """Answer every row twice, with and without its media, and score both."""
+    files = {task: _file_of(task, args.rows) for task in args.tasks}
     logging.disable_progress_bar()
     processor, model = load_processor(args.model), merged(load_model(args.model, device=args.device)).eval()
-    rows = {task: read_evaluation_rows(args.rows / f"{task}.jsonl") for task in args.tasks}
+    rows = {task: read_evaluation_rows(file) for task, file in files.items()}
     report, start = {}, time.perf_counter()
     with tqdm(total=2 * sum(map(len, rows.values())), desc="questions", unit="row") as bar:
         for task, of_task in rows.items():
@@ -64,6 +58,21 @@ def evaluate(args: argparse.Namespace) -> dict:
                 "answers": {row["id"]: answer for row, answer in zip(of_task, answers, strict=True)},
             }
     return {"tasks": report, "seconds": round(time.perf_counter() - start, 1), "model": args.model}
+
+
+def _file_of(task: str, directories: list[Path]) -> Path:
+    """The task's rows, in the first directory that has them.
+
+    Raises:
+        OptionError: None has.
+    """
+    if found := [path for directory in directories if (path := directory / f"{task}.jsonl").is_file()]:
+        return found[0]
+    raise OptionError(
+        f"--rows {' '.join(map(str, directories))}: no {task}.jsonl",
+        expected="a JSONL file for each of --tasks, as the recipes data_recipes/digits*.py write them",
+        do="name the recipes' `eval` directories, or other tasks",
+    )
 
 
 def _better(blank: dict[str, float], constant: dict[str, float]) -> dict[str, float]:

@@ -1,8 +1,9 @@
 """From real handwriting to a trained, chatting, exported multimodal model, on two CPU cores in minutes.
 
     python scripts/quickstart.py --out runs/quickstart --seed 0
+    python scripts/quickstart.py --out runs/quickstart-media --seed 0 --modalities image,audio,video
 
-Every step is an ordinary program of this project in a process of its own, with the command printed, so each can be
+The second also makes videos and sounds, and one model that sees and hears all of it: under fifteen minutes. Every step is an ordinary program of this project in a process of its own, with the command printed, so each can be
 tried alone. A step that is done is not done again: after an interruption the same command goes on. At the end stand a
 table, `OUT/report.json`, `OUT/chat.png` and `OUT/rows.html`, a page of rows as the model read them.
 """
@@ -18,11 +19,18 @@ from pathlib import Path
 import psutil
 
 from mllm.errors import CheckpointError, MllmError, user_errors
+from mllm.evaluation.digits import TASKS_OF
 from mllm.evaluation.quickstart_report import draw_chat, format_table, summarize
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = {"data": 15, "backbones": 185, "train": 245, "look": 12, "evaluate": 18, "export": 12, "chat": 5}
 """Seconds each step may take on two cores: the spine eight minutes, what joins it ten with it."""
+MEDIA_BUDGET = {"data": 15, "videos": 25, "sounds": 30, "backbones": 240, "whisper": 45} | {
+    "train": 460, "look": 15, "evaluate": 55, "chat": 5
+}  # fmt: skip
+"""With videos and sounds: fifteen minutes. No export: no stock class has three encoders' towers."""
+BUDGETS = {"image": BUDGET, "image,audio,video": MEDIA_BUDGET}
+MEDIA_STEPS = ("videos", "sounds", "backbones", "whisper", "train", "look", "evaluate")
 QUESTION = "What is in the picture?"
 
 
@@ -30,10 +38,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="directory for everything it makes")
     parser.add_argument("--seed", type=int, default=0, help="of the data, the weights and the order of training")
+    parser.add_argument(
+        "--modalities", default="image", choices=list(BUDGETS), help="what the model reads besides text"
+    )
     parser.add_argument("--strict", action="store_true", help="end with status 2 where a threshold is missed")
     args = parser.parse_args()
     with user_errors():
-        report = run(args.out, args.seed)
+        report = run(args.out, args.seed, args.modalities)
         if args.strict and report["missed"]:
             raise MllmError(
                 f"with seed {args.seed}, missed: {', '.join(report['missed'])}",
@@ -42,18 +53,18 @@ def main() -> None:
             )
 
 
-def run(out: Path, seed: int) -> dict:
+def run(out: Path, seed: int, modalities: str) -> dict:
     """Do the steps that are not done yet, show what came out, and return it."""
-    done = read_steps(out, seed)
-    for name in BUDGET:
+    done, budget = read_steps(out, seed, modalities), BUDGETS[modalities]
+    for name in budget:
         if name in done:
             print(f"\n=== {name}: done before, in {done[name]['seconds']:.0f} s")
             continue
-        line = command(name, out, seed)
-        print(f"\n=== {name} (budget {BUDGET[name]} s)\n    {' '.join(line)}", flush=True)
+        line = command(name, out, seed, modalities)
+        print(f"\n=== {name} (budget {budget[name]} s)\n    {' '.join(line)}", flush=True)
         done[name] = run_step(line, says=QUESTION if name == "chat" else None)
-        write_json(out / "steps.json", {"seed": seed, "steps": done})
-    report = summarize(out, seed=seed, steps=done, budget=BUDGET)
+        write_json(out / "steps.json", {"seed": seed, "modalities": modalities, "steps": done})
+    report = summarize(out, seed=seed, steps=done, budget=budget)
     write_json(out / "report.json", report)
     draw_chat(picture(out), QUESTION, done["chat"]["output"], out / "chat.png")
     print(format_table(report))
@@ -63,14 +74,23 @@ def run(out: Path, seed: int) -> dict:
     return report
 
 
-def command(name: str, out: Path, seed: int) -> list[str]:
+def command(name: str, out: Path, seed: int, modalities: str) -> list[str]:
     """The command line of one step."""
+    if modalities != "image" and name in MEDIA_STEPS:
+        program, *rest = map(str, media_arguments(name, out, seed))
+    else:
+        program, *rest = map(str, arguments(name, out, seed))
+    return [sys.executable, str(ROOT / program), *rest]
+
+
+def arguments(name: str, out: Path, seed: int) -> list:
+    """The program of one step, and what it is told."""
     data, parts, model = out / "data", out / "backbones", final_model(out)
-    arguments: dict[str, list] = {
+    steps: dict[str, list] = {
         "data": ["data_recipes/digits.py", "--out", data, "--seed", seed],
         "backbones": ["scripts/train_digit_backbones.py", "--data", data, "--out", parts, "--seed", seed],
         "train": ["train/run.py", "train/configs/quickstart.yaml", "--output_dir", out / "run", "--data_root", data]
-        + ["--set", f"model.image_encoder={parts / 'encoder'}", f"model.language_model={parts / 'llm'}"]
+        + ["--set", f"model.image.encoder={parts / 'encoder'}", f"model.language_model={parts / 'llm'}"]
         + [f"model.seed={seed}", f"seed={seed}"],
         "look": ["scripts/inspect_data.py", "show", "--data", data / "questions.jsonl", data / "caption.jsonl"]
         + ["--model", model, "--rows", 6, "--html", out / "rows.html"],
@@ -78,8 +98,28 @@ def command(name: str, out: Path, seed: int) -> list[str]:
         "export": ["scripts/export.py", model, "--out", out / "export", "--rows", data / "eval" / "caption.jsonl"],
         "chat": ["scripts/chat.py", model, "--image", picture(out) if name == "chat" else None],
     }
-    program, *rest = map(str, arguments[name])
-    return [sys.executable, str(ROOT / program), *rest]
+    return steps[name]
+
+
+def media_arguments(name: str, out: Path, seed: int) -> list:
+    """The same of the steps that are others, or there at all, with videos and sounds."""
+    data, videos, sounds, parts = out / "data", out / "videos", out / "sounds", out / "backbones"
+    steps: dict[str, list] = {
+        "videos": ["data_recipes/digits_videos.py", "--world", data, "--out", videos, "--seed", seed],
+        "sounds": ["data_recipes/digits_sounds.py", "--world", data, "--out", sounds, "--seed", seed],
+        "backbones": [*arguments("backbones", out, seed), "--lessons", videos / "lessons.jsonl"],
+        "whisper": ["scripts/train_digit_whisper.py", "--data", sounds, "--out", out / "whisper", "--seed", seed],
+        "train": ["train/run.py", "train/configs/quickstart_modalities.yaml", "--output_dir", out / "run"]
+        + ["--data_root", out, "--set", f"model.image.encoder={parts / 'encoder'}"]
+        + [f"model.audio.encoder={out / 'whisper'}", f"model.language_model={parts / 'llm'}"]
+        + [f"model.seed={seed}", f"seed={seed}"],
+        "look": ["scripts/inspect_data.py", "show", "--data", videos / "videos.jsonl", sounds / "both.jsonl"]
+        + ["--model", final_model(out), "--rows", 6, "--html", out / "rows.html"],
+        "evaluate": ["scripts/evaluate_model.py", final_model(out), "--rows", data / "eval", videos / "eval"]
+        + [sounds / "eval", "--out", out / "evaluation.json", "--tasks"]
+        + [task for modality in ("image", "video", "audio") for task in TASKS_OF[modality]],
+    }
+    return steps[name]
 
 
 def run_step(line: list[str], *, says: str | None) -> dict:
@@ -121,11 +161,11 @@ def watch_memory(pid: int, peak: list[int]) -> None:
         time.sleep(0.25)
 
 
-def read_steps(out: Path, seed: int) -> dict[str, dict]:
+def read_steps(out: Path, seed: int, modalities: str) -> dict[str, dict]:
     """What an earlier run in `out` has done.
 
     Raises:
-        CheckpointError: `out` holds something else, or a run with another seed.
+        CheckpointError: `out` holds something else, or a run with another seed or other modalities.
     """
     path = out / "steps.json"
     if not path.is_file():
@@ -134,7 +174,7 @@ def read_steps(out: Path, seed: int) -> dict[str, dict]:
                 f"{out} holds files, but no quickstart", expected="a new or empty directory", do="choose another --out"
             )
         out.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"seed": seed, "steps": {}})
+        write_json(path, {"seed": seed, "modalities": modalities, "steps": {}})
         return {}
     record = json.loads(path.read_text(encoding="utf-8"))
     if record["seed"] != seed:
@@ -142,6 +182,12 @@ def read_steps(out: Path, seed: int) -> dict[str, dict]:
             f"{out} holds a quickstart with seed {record['seed']}",
             expected=f"a new directory for seed {seed}",
             do="choose another --out, or the same --seed to go on",
+        )
+    if (found := record.get("modalities", "image")) != modalities:
+        raise CheckpointError(
+            f"{out} holds a quickstart with --modalities {found}",
+            expected=f"a new directory for {modalities}",
+            do="choose another --out, or the same --modalities to go on",
         )
     return record["steps"]
 

@@ -45,6 +45,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--encoder_steps", type=int, default=500)
     parser.add_argument("--llm_steps", type=int, default=2000, help="at most one pass over text.jsonl")
+    lessons = "further lessons for the language model, spread over the second half of text.jsonl"
+    parser.add_argument("--lessons", type=Path, nargs="*", default=[], metavar="FILE", help=lessons)
     args = parser.parse_args()
     if not (args.data / "recipe.json").is_file():
         parser.error(f"--data {args.data} holds no recipe.json: run data_recipes/digits.py --out {args.data} first")
@@ -56,7 +58,7 @@ def main() -> None:
     report = {
         "seed": args.seed,
         "encoder": train_encoder(args.data, partial / "encoder", args.encoder_steps),
-        "llm": train_llm(args.data, partial / "llm", args.llm_steps),
+        "llm": train_llm([args.data / "text.jsonl", *args.lessons], partial / "llm", args.llm_steps),
     }
     report["parameters"] = {name: report[name]["parameters"] for name in ("encoder", "llm")}
     (partial / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -149,10 +151,10 @@ def read_cells(path: Path, processor: CLIPImageProcessorPil, config: CLIPVisionC
 # The language model
 
 
-def train_llm(data: Path, out: Path, steps: int) -> dict:
+def train_llm(lessons: list[Path], out: Path, steps: int) -> dict:
     """Train a tokenizer and a Llama on conversations about scenes written out as text, and save both."""
     start = time.perf_counter()
-    rows = [json.loads(line) for line in (data / "text.jsonl").open(encoding="utf-8")]
+    rows, held_out = read_lessons(lessons)
     chats = [
         [{"role": message["role"], "content": message["content"][0]["text"]} for message in row["messages"]]
         for row in rows
@@ -172,7 +174,7 @@ def train_llm(data: Path, out: Path, steps: int) -> dict:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    llm, held_out = LlamaForCausalLM(config), min(HELD_OUT, len(rows) // 10)
+    llm = LlamaForCausalLM(config)
     compose_embeddings(llm, tokenizer)
 
     def loss(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -203,6 +205,23 @@ def train_llm(data: Path, out: Path, steps: int) -> dict:
             for task in sorted(set(tasks))
         },
     }
+
+
+def read_lessons(paths: list[Path]) -> tuple[list[dict], int]:
+    """The rows of the first file with those of the others spread evenly over its second half.
+
+    Returns:
+        The rows, and how many at their end, the last of each file, are held out.
+    """
+    rows, unseen = [], []
+    for path in paths:
+        found = [json.loads(line) for line in path.open(encoding="utf-8")]
+        held_out = min(HELD_OUT, len(found) // 10)
+        first = 0.5 if rows else 0.0
+        kept = found[: len(found) - held_out]
+        rows += [(first + (1 - first) * place / len(kept), row) for place, row in enumerate(kept)]
+        unseen += found[len(kept) :]
+    return [row for _, row in sorted(rows, key=lambda pair: pair[0])] + unseen, len(unseen)
 
 
 def compose_embeddings(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -11,10 +11,16 @@ from pathlib import Path
 import gradio as gr
 
 from mllm.errors import MediaError, MllmError, RowError, user_errors
-from mllm.inference import Chat
-from mllm.inference.history import NO_ANSWER, count_images, messages_from_gradio
+from mllm.inference import Chat, MediaLimits
+from mllm.inference.history import NO_ANSWER, messages_from_gradio
 
-IMAGE_TYPES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"]
+FILE_TYPES = {
+    "image": [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"],
+    "audio": [".wav", ".flac", ".mp3", ".ogg", ".m4a"],
+    "video": [".mp4", ".webm", ".mkv", ".mov", ".avi"],
+}
+WORDS = {"image": "pictures", "audio": "sounds", "video": "videos"}
+UPLOAD_MB = {"image": 10, "audio": 20, "video": 50}
 # Gradio draws HTML that somebody wrote or a model spoke; tags in this list are shown as the text they are.
 TAGS_AS_TEXT = (  # noqa: SIM905 - readable as words
     "a abbr audio b big blockquote body br button center code dd del details div dl dt em font form h1 h2 h3 h4 h5 h6 "
@@ -22,7 +28,7 @@ TAGS_AS_TEXT = (  # noqa: SIM905 - readable as words
     "s script section select small source span strike strong style sub summary sup svg table tbody td textarea tfoot "
     "th thead think title tool_call tr tt u ul unk var video"
 ).split()
-HELP = "Add one picture or several with the paper clip, ask about them, and go on asking. The model may be wrong."
+HELP = "Add {} with the paper clip, ask about them, and go on asking. The model may be wrong."
 CSS = """
 .gradio-container { max-width: 860px !important; margin: 0 auto !important; }
 .gradio-container, .gradio-container textarea { font-family: system-ui, sans-serif !important; }
@@ -38,13 +44,14 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     with user_errors(), tempfile.TemporaryDirectory(prefix="mllm-demo-") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads  # everything uploaded lies here, and goes when the server does
-        chat = Chat.from_pretrained(args.model, device=args.device)
+        limits = MediaLimits(args.max_images, args.max_sounds, args.max_videos, args.max_seconds)
+        chat = Chat.from_pretrained(args.model, device=args.device, limits=limits)
         page = build_page(chat, args, uploads=Path(uploads))
         page.queue(max_size=32).launch(
             server_name=args.host,
             server_port=args.port,
             share=args.share,
-            max_file_size=f"{args.max_upload_mb}mb",
+            max_file_size=f"{args.max_upload_mb or largest_upload(chat.processor.media_kinds)}mb",
             allowed_paths=[],
             ssr_mode=False,
             footer_links=[],
@@ -64,19 +71,28 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--share", action="store_true", help="make a public link through Gradio's servers")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer at the start, in tokens")
-    parser.add_argument("--max_upload_mb", type=int, default=10, help="largest file")
+    parser.add_argument(
+        "--max_upload_mb", type=int, help="largest file; by default 10, 20 with sounds, 50 with videos"
+    )
     parser.add_argument("--max_images", type=int, default=8, help="most images in one conversation")
-    parser.add_argument("--examples", type=Path, help="directory with NAME.png and its question in NAME.txt")
+    parser.add_argument("--max_sounds", type=int, default=4, help="most sounds in one conversation")
+    parser.add_argument("--max_videos", type=int, default=2, help="most videos in one conversation")
+    parser.add_argument("--max_seconds", type=float, default=120.0, help="longest sound or video")
+    parser.add_argument(
+        "--examples", type=Path, help="directory with media files and, in NAME.txt, what to ask about NAME.*"
+    )
     return parser.parse_args()
 
 
 def build_page(chat: Chat, args: argparse.Namespace, *, uploads: Path) -> gr.ChatInterface:
     """The page: a conversation, a box to write and attach in, and two settings."""
+    kinds = chat.processor.media_kinds
+    things = " or ".join(WORDS[kind] for kind in kinds) or "nothing"
 
     def answer(message: dict, history: list[dict], max_new_tokens: float, temperature: float) -> Iterator[dict]:
         try:
             messages = messages_from_gradio(message, history, folder=uploads)
-            check_request(messages, max_images=args.max_images)
+            check_request(messages)
             pieces = chat.stream(messages, max_new_tokens=int(max_new_tokens), temperature=temperature)
             text = ""
             with contextlib.closing(pieces):
@@ -86,7 +102,7 @@ def build_page(chat: Chat, args: argparse.Namespace, *, uploads: Path) -> gr.Cha
             if not text:
                 yield notice("The model had nothing to say. Ask in other words.")
         except MediaError as error:
-            yield notice(f"This picture cannot be used: {error.found}. Expected: {error.expected}. Try another one.")
+            yield notice(f"This cannot be used: {error.found}. Expected: {error.expected}. Please {error.do}.")
         except MllmError as error:
             yield notice(f"Found: {error.found}. Expected: {error.expected}. Please {error.do}.")
         except Exception:
@@ -97,20 +113,20 @@ def build_page(chat: Chat, args: argparse.Namespace, *, uploads: Path) -> gr.Cha
         answer,
         multimodal=True,
         title=f"Chat with {Path(args.model).resolve().name}",
-        description=HELP,
+        description=HELP.format(things),
         chatbot=gr.Chatbot(
             show_label=False,
             height="62vh",
             render_markdown=False,
             allow_tags=TAGS_AS_TEXT,
             buttons=["copy"],
-            placeholder="### What do you see?",
+            placeholder="### Ask me something",
         ),
         textbox=gr.MultimodalTextbox(
-            file_types=IMAGE_TYPES,
+            file_types=[suffix for kind in kinds for suffix in FILE_TYPES[kind]],
             file_count="multiple",
-            sources=["upload"],
-            placeholder="Ask about your pictures",
+            sources=["upload", "microphone"] if "audio" in kinds else ["upload"],
+            placeholder=f"Ask about your {things}",
             max_plain_text_length=1_000_000,
             stop_btn=True,
             autofocus=True,
@@ -127,16 +143,15 @@ def build_page(chat: Chat, args: argparse.Namespace, *, uploads: Path) -> gr.Cha
     )
 
 
-def check_request(messages: list[dict], *, max_images: int) -> None:
-    """Refuse what is empty or too much."""
+def check_request(messages: list[dict]) -> None:
+    """Refuse what is empty."""
     if not messages[-1]["content"]:
-        raise RowError("an empty message", expected="a question or a picture", do="write something")
-    if (found := count_images(messages)) > max_images:
-        raise RowError(
-            f"{found} pictures in this conversation",
-            expected=f"at most {max_images}",
-            do="start a new chat with fewer of them",
-        )
+        raise RowError("an empty message", expected="a question, or a file", do="write something")
+
+
+def largest_upload(kinds: tuple[str, ...]) -> int:
+    """Megabytes that files of these kinds may have."""
+    return max((UPLOAD_MB[kind] for kind in kinds), default=min(UPLOAD_MB.values()))
 
 
 def notice(text: str) -> dict:
@@ -145,10 +160,12 @@ def notice(text: str) -> dict:
 
 
 def read_examples(directory: Path) -> list[list[dict]]:
-    """Pictures with their questions, to click on."""
+    """Media files with their questions, to click on."""
+    suffixes = [suffix for kind in FILE_TYPES.values() for suffix in kind]
     return [
-        [{"text": picture.with_suffix(".txt").read_text(encoding="utf-8").strip(), "files": [str(picture)]}]
-        for picture in sorted(directory.glob("*.png"))
+        [{"text": path.with_suffix(".txt").read_text(encoding="utf-8").strip(), "files": [str(path)]}]
+        for path in sorted(directory.iterdir())
+        if path.suffix.lower() in suffixes and path.with_suffix(".txt").is_file()
     ]
 
 

@@ -27,8 +27,8 @@ HERE = Path(__file__).parent
 EXAMPLE = """example of a plan:
 
   model:                                  # what is assembled, once, into OUT/assembled
-    image_encoder: openai/clip-vit-large-patch14-336
     language_model: lmsys/vicuna-7b-v1.5  # Hub ids, or directories relative to the current one
+    image: {encoder: openai/clip-vit-large-patch14-336, connector: mlp}
   seed: 0                                 # options that all stages share
   stages:
     - name: align                         # any options of train/sft.py; relative row files stand beside the plan
@@ -52,7 +52,7 @@ def main() -> None:
         "train/run.py", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, single = parser.add_argument, HERE / "accelerate" / "single.yaml"
-    changes = "change the plan: seed=1, model.image_encoder=DIR, stages.sft.parts.text.rank=8"
+    changes = "change the plan: seed=1, model.image.encoder=DIR, stages.sft.parts.text.rank=8"
     add("plan", type=Path, help="YAML file with `model` and `stages`")
     add("--output_dir", type=Path, required=True, help="directory for everything the plan makes")
     add("--data_root", type=Path, help="where relative row files are, by default beside the plan")

@@ -19,6 +19,7 @@ from mllm.processing import TrainingProcessor
 from mllm.processing.audio import decode_audio
 from mllm.processing.images import decode_image
 from mllm.processing.media import MediaInput
+from mllm.processing.video import decode_video
 from mllm.shapes import Tensor
 
 NUM_EMPTY = 2
@@ -29,11 +30,11 @@ NUM_EMPTY = 2
 class Features(Protocol):
     """Media as a frozen encoder saw them before, to be had without opening any (`mllm.training.feature_cache`)."""
 
-    def of(self, example: Example) -> Iterator[Tensor]:
+    def of(self, example: Example) -> Iterator[Any]:
         """The features of a row's media, as they are asked for; a MediaError where one could not be decoded."""
 
-    def stack(self, features: Sequence[Tensor]) -> Tensor:
-        """Those of a batch as one tensor, which may have no items."""
+    def batch(self, media: Sequence[Any]) -> dict[str, Tensor]:
+        """The inputs of a batch that has these media, which may be none."""
 
 
 class _Collator:
@@ -42,7 +43,7 @@ class _Collator:
     Args:
         processor: Decides the pixels, and the padding id.
         source_of: From a row's position to the number of its source in the mixture; with it a batch has `sources`.
-        features: With them a batch has `image_features`, and no media are opened.
+        features: With them a batch has `{kind}_features`, and no media are opened.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class _Collator:
         Returns:
             The texts as the class says; where there are media, the processor's tensors for them, in order of
             appearance (`pixel_values` [N, C, H, W] of composed models), or in every batch of a run with cached
-            features `image_features` [N, P, D_encoder];
+            features `image_features`, `audio_features` and `video_features` [views, L, D_encoder];
             `sources` [rows], the number of each row's source, where they were asked for.
 
         Raises:
@@ -75,9 +76,10 @@ class _Collator:
         if self.source_of is not None:
             batch["sources"] = torch.tensor([self.source_of(one.position) for one in examples], dtype=torch.long)
         if self.features is not None:
-            batch["image_features"] = self.features.stack(media)
+            batch |= self.features.batch(media)
         else:
             batch |= self.processor.encode_media(media)
+        batch |= self.processor.encode_questions([example.row.messages for example in examples])
         return batch | self.processor.text_inputs(batch["input_ids"])
 
     def media_of(self, example: Example, row: int = 0) -> Iterator[Any]:
@@ -195,6 +197,31 @@ def decode_media(item: MediaItem, *, where: str) -> Image.Image:
     return decode_image(read_media_bytes(item), where=where)
 
 
+def decode_item(item: MediaItem, source: Any, processor: TrainingProcessor, *, row: int = 0, where: str) -> MediaInput:
+    """A media item as a processor takes it, as its tokens are counted.
+
+    Args:
+        item: Its kind, its size and what is cut out of it.
+        source: What a decoder of this kind takes: a file, or its content.
+        processor: Says how sounds are sampled, and which frames of a video are seen.
+        row: Number of its row in the batch.
+        where: Names the row in errors.
+
+    Raises:
+        MediaError: It is not there, damaged, or of another length than was said.
+    """
+    data: Any
+    if item.kind == "audio":
+        rate = int(processor.sampling_rate or 0)
+        data, _ = decode_audio(source, start=item.start, end=item.end, sampling_rate=rate, where=where)
+    elif item.kind == "video":
+        times = [(item.start or 0.0) + moment for moment in processor.frame_times(item.size)]
+        data = decode_video(source, sampling=times, where=where).frames
+    else:
+        data = decode_image(source, where=where)
+    return processor.fitted(MediaInput(item.kind, data, item.size, row), where=where)
+
+
 def _num_media(examples: Sequence[Example]) -> dict[str, int]:
     return dict(Counter(item.kind for example in examples for item in example.row.media))
 
@@ -212,14 +239,8 @@ def _decoded(example: Example, processor: TrainingProcessor, row: int) -> Iterat
         row: Its number in the batch.
     """
     for place, item in enumerate(example.row.media):
-        source, where = read_media_bytes(item) if example.media is None else example.media[place], example.row.name
-        data: Any
-        if item.kind == "audio":
-            rate = int(processor.sampling_rate or 0)
-            data, _ = decode_audio(source, start=item.start, end=item.end, sampling_rate=rate, where=where)
-        else:
-            data = decode_image(source, where=where)
-        yield processor.fitted(MediaInput(item.kind, data, item.size, row), where=where)
+        source = read_media_bytes(item) if example.media is None else example.media[place]
+        yield decode_item(item, source, processor, row=row, where=example.row.name)
 
 
 def _pad(rows: Sequence[Any], value: int | float, dtype: torch.dtype) -> Tensor:

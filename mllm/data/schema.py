@@ -71,11 +71,17 @@ class MediaItem:
 
     @property
     def size(self) -> MediaSize:
-        """What its tokens are counted by."""
-        if self.kind != "audio":
+        """What its tokens are counted by: of a sound or a video that of the part which `start` and `end` cut out."""
+        if self.kind == "image":
             return (self.height, self.width)
         last = self.seconds if self.end is None else min(self.end, self.seconds)
-        return (max(0.0, last - (self.start or 0.0)),)
+        seconds = max(0.0, last - (self.start or 0.0))
+        if self.kind == "audio":
+            return (seconds,)
+        frames = self.frames
+        if frames and self.seconds:
+            frames = max(1, round(frames * seconds / self.seconds))  # one is on the screen at any time
+        return (self.height, self.width, frames, seconds)
 
 
 @dataclass(frozen=True, slots=True)

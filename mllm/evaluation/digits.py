@@ -1,6 +1,7 @@
 """Scores of the digits world: what an answer says, set against the scene. Pure functions of texts and rows.
 
-A row's `meta` lists the scene (`digits`, `colours`, `places`, in parallel)) and the reference `answer`.
+A row's `meta` holds the reference `answer`; of a caption it lists the scene, too (`digits`, `colours`, `places`, in
+parallel).
 """
 
 import re
@@ -9,12 +10,21 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 TASKS = ("caption", "position", "count", "presence", "color")
+"""About pictures."""
+TASKS_OF = {"image": TASKS, "video": ("motion", "order"), "audio": ("beeps", "glide", "tones", "match")}
+"""By what they need to be seen or heard; "match" needs a picture and a sound."""
 METRICS = {
     "caption": ("caption_digit_recall", "caption_digit_precision", "caption_color_accuracy"),
     "position": ("position_accuracy",),
     "count": ("count_accuracy",),
     "presence": ("presence_f1",),
     "color": ("color_accuracy",),
+    "motion": ("motion_accuracy",),
+    "order": ("order_accuracy",),
+    "beeps": ("beeps_accuracy",),
+    "glide": ("glide_accuracy",),
+    "tones": ("tones_accuracy",),
+    "match": ("match_accuracy",),
 }
 """What `score` returns for each task."""
 MENTION = re.compile(r"an? ([a-z]+) ([0-9]) in the ((?:top|middle|bottom) (?:left|centre|right))")

@@ -1,16 +1,20 @@
-"""Let a model answer the last question of every row of an evaluation file, as is or with its pictures blanked."""
+"""Let a model answer the last question of every row of an evaluation file, as is or with its media blanked."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from transformers import PreTrainedModel
 
 from mllm.errors import RowError
 from mllm.inference import generate_answers
 from mllm.processing import TrainingProcessor
+from mllm.processing.media import MediaInput
+
+GREY = (128, 128, 128)
 
 
 def read_evaluation_rows(path: Path) -> list[dict[str, Any]]:
@@ -50,7 +54,8 @@ def answer_rows(
         model: A model to generate with.
         processor: Its processor.
         rows: As `read_evaluation_rows` gives them.
-        blank: Whether every picture is replaced by one of mid-grey of its size: what is answered without looking.
+        blank: Whether every medium is replaced by one of its size that shows nothing: what is answered without looking
+            or listening.
         batch_size: Conversations generated at once.
         max_new_tokens: Longest answer.
         progress: Called with the number of rows each batch answered.
@@ -58,26 +63,36 @@ def answer_rows(
     return generate_answers(
         model,
         processor,
-        [question_of(row, blank=blank) for row in rows],
+        [question_of(row) for row in rows],
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
+        change=blanked if blank else None,
         progress=progress,
     )
 
 
-def question_of(row: dict[str, Any], *, blank: bool = False) -> list[dict[str, Any]]:
-    """The row's messages without the last answer, its images put into their content items."""
-    images = iter([item for item in row["media"] if item["kind"] == "image"])
+def question_of(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The row's messages without the last answer, its media put into their content items."""
+    media = iter(row["media"])
     return [
-        {"role": message["role"], "content": [_fill(item, images, blank) for item in message["content"]]}
+        {"role": message["role"], "content": [_fill(item, media) for item in message["content"]]}
         for message in row["messages"][:-1]
     ]
 
 
-def _fill(item: dict[str, Any], images, blank: bool) -> dict[str, Any]:
-    if item["type"] != "image":
+def blanked(item: MediaInput) -> MediaInput:
+    """A medium of the same size that shows or plays nothing."""
+    if item.kind == "audio":
+        return item._replace(data=np.zeros_like(item.data))
+    if item.kind == "video":
+        return item._replace(data=[Image.new("RGB", frame.size, GREY) for frame in item.data])
+    return item._replace(data=Image.new("RGB", item.data.size, GREY))
+
+
+def _fill(item: dict[str, Any], media: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    """A content item with the file it stands for, and what is cut out of that."""
+    if item["type"] == "text":
         return item
-    media = next(images)
-    if blank:
-        return {"type": "image", "image": Image.new("RGB", (media["width"], media["height"]), (128, 128, 128))}
-    return {"type": "image", "image": media["path"]}
+    found = next(media)
+    cut = {key: found[key] for key in ("start", "end") if found.get(key) is not None}
+    return {"type": item["type"], item["type"]: found["path"], **cut}

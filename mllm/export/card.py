@@ -1,6 +1,7 @@
 """The model card of an export: what it was made of, how to use it, how it was checked."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +84,14 @@ def write_card(directory: Path, model_dir: Path, report: ExportReport, *, title:
 
 
 def read_parts(model_dir: Path) -> dict[str, str]:
-    """What the model was assembled from: option of `assemble` -> Hub id or directory; empty where nothing tells.
+    """What the model was assembled from: options of `assemble` (`image.encoder`); empty where nothing tells.
 
     Looks at the checkpoint, then at the one it was trained from, and so on to the assembled one.
     """
     for directory in _ancestry(model_dir):
         assembled = (read_complete(directory) or {}).get("assembled_from")
         if assembled:
-            return {name: str(value) for name, value in assembled.items()}
+            return _flat(assembled)
     return {}
 
 
@@ -130,8 +131,20 @@ def _metadata(parts: dict[str, str]) -> dict[str, Any]:
     No licence is stated: which one follows from those of the parts and the data is not for a program to decide.
     """
     metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "tags": ["mllm"]}
-    bases = [parts[name] for name in ("language_model", "image_encoder") if _is_hub_id(parts.get(name, ""))]
+    names = ("language_model", "image.encoder", "audio.encoder")
+    bases = [parts[name] for name in names if _is_hub_id(parts.get(name, ""))]
     return {**metadata, "base_model": bases} if bases else metadata
+
+
+def _flat(options: Mapping[str, Any]) -> dict[str, str]:
+    """Options of `assemble` with those of its towers under dotted names."""
+    flat: dict[str, str] = {}
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}.{key}": str(one) for key, one in value.items()}
+        elif value is not None:
+            flat[name] = str(value)
+    return flat
 
 
 def _composition(parts: dict[str, str], report: ExportReport, quantized: list[str]) -> str:

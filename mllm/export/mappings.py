@@ -25,7 +25,7 @@ from mllm.assemble import check_text_only_equality
 from mllm.errors import CompositionError, ExportError
 from mllm.models import MllmConfig, MllmForConditionalGeneration
 from mllm.processing import MllmProcessor
-from mllm.sizes import num_image_tokens
+from mllm.sizes import num_tokens
 
 KEEP = "keep the mllm checkpoint, which `AutoModelForImageTextToText` loads after `import mllm`"
 
@@ -125,8 +125,8 @@ def _llava_obstacles(model: MllmForConditionalGeneration, processor: MllmProcess
     config = model.config
     obstacles = [
         Obstacle(f"it has a tower for {modality}", "assemble it without that tower")
-        for modality, tower in (("audio", config.audio_config), ("video", config.video_config))
-        if tower is not None
+        for modality in config.tower_configs
+        if modality != "image"
     ]
     if config.image_config is None:
         return [
@@ -134,9 +134,12 @@ def _llava_obstacles(model: MllmForConditionalGeneration, processor: MllmProcess
             Obstacle("it has no image tower", "export the language model alone with `save_pretrained`"),
         ]
     image = config.image_config
-    if image.connector_type != "mlp":
-        reason = f"its connector is {image.connector_type!r}, not linear-activation-linear"
+    connector = image.connector
+    if connector["type"] != "mlp" or connector["layers"] != 2 or connector["positions"]:
+        reason = f"its connector is {connector['type']!r}, not linear-activation-linear"
         obstacles.append(Obstacle(reason, "assemble and train it with `connector: mlp`"))
+    if image.media_rule.tiles is not None:
+        obstacles.append(Obstacle("it reads images in tiles", "assemble it without `tiles`"))
     if image.encoder_config.model_type not in LLAVA_ENCODERS:
         reason = f"its image encoder is a {image.encoder_config.model_type!r} model"
         obstacles.append(Obstacle(reason, f"use an encoder of type {', '.join(LLAVA_ENCODERS)}"))
@@ -148,16 +151,16 @@ def _llava_obstacles(model: MllmForConditionalGeneration, processor: MllmProcess
 
 def _llava_config(config: MllmConfig) -> LlavaConfig:
     image = config.image_config
-    rule = image.image_token_rule
+    rule = image.media_rule
     return LlavaConfig(
         vision_config=_without_path(image.encoder_config),
         text_config=_without_path(config.text_config),
         image_token_index=image.placeholder_token_id,
-        image_seq_length=num_image_tokens(rule.image_size, rule.image_size, rule),
-        projector_hidden_act=image.connector_activation,
-        vision_feature_select_strategy=image.feature_select,
+        image_seq_length=num_tokens((rule.image_size, rule.image_size), rule),
+        projector_hidden_act=image.connector["activation"],
+        vision_feature_select_strategy=rule.feature_select,
         vision_feature_layer=image.feature_layer,
-        multimodal_projector_bias=image.connector_bias,
+        multimodal_projector_bias=image.connector["bias"],
         tie_word_embeddings=config.tie_word_embeddings,
     )
 
@@ -170,7 +173,7 @@ def _without_path(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _llava_processor(processor: MllmProcessor, config: MllmConfig) -> LlavaProcessor:
-    rule = config.image_config.image_token_rule
+    rule = config.image_config.media_rule
     return LlavaProcessor(
         image_processor=processor.image_processor,
         tokenizer=processor.tokenizer,

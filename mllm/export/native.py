@@ -186,7 +186,10 @@ def _generation_config(model: MllmForConditionalGeneration) -> GenerationConfig:
     fields = model.generation_config.to_dict()
     fields.pop("_from_model_config", None)  # with it, loading would derive the settings from the model's config again
     config = GenerationConfig.from_dict(fields)
-    suppressed = {*(config.suppress_tokens or []), model.config.image_token_id}
+    suppressed = {
+        *(config.suppress_tokens or []),
+        *(tower.placeholder_token_id for tower in model.config.tower_configs.values()),
+    }
     config.suppress_tokens = sorted(suppressed)
     return config
 

@@ -13,10 +13,12 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
 from mllm.errors import OptionError
 from mllm.inference.generation import StopWhenSet, TokenQueue, eval_mode, generation_config, is_end, without_end
+from mllm.inference.limits import NO_LIMITS, MediaLimits
 from mllm.inference.prompt import Messages, Prompt, encode_prompt, model_inputs, room_for_answer
 from mllm.inference.text_stream import TextStream, decode_answer
 from mllm.load import load_model, load_processor
 from mllm.processing import TrainingProcessor
+from mllm.processing.media import MediaInput
 
 Pruner = Callable[[PreTrainedModel | PeftModel], AbstractContextManager]
 
@@ -41,6 +43,7 @@ class Chat:
         max_new_tokens: Longest answer, in tokens.
         temperature: 0 takes the likeliest token each time; above it tokens are sampled.
         pruner: Drops visual tokens while an answer is generated: called on the model, it is entered as a context.
+        limits: How many media of which length a conversation may hold.
     """
 
     def __init__(
@@ -51,12 +54,14 @@ class Chat:
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         pruner: Pruner | None = None,
+        limits: MediaLimits = NO_LIMITS,
     ):
         self.model = model
         self.processor = processor
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.pruner = pruner
+        self.limits = limits
         self._lock = threading.Lock()
 
     @classmethod
@@ -90,10 +95,10 @@ class Chat:
             temperature: For this answer, in place of the chat's own.
 
         Raises:
-            RowError, MediaError: At once, before anything is generated: the messages are malformed, an image cannot be
-                read, or the conversation is longer than the model's context.
+            RowError, MediaError: At once, before anything is generated: the messages are malformed, media cannot be
+                read or are over a limit, or the conversation is longer than the model's context.
         """
-        prompt = encode_prompt(self.processor, messages)
+        prompt = encode_prompt(self.processor, messages, limits=self.limits)
         wanted = self.max_new_tokens if max_new_tokens is None else max_new_tokens
         config = generation_config(
             self.model,
@@ -149,6 +154,7 @@ def generate_answers(
     *,
     batch_size: int,
     max_new_tokens: int,
+    change: Callable[[MediaInput], MediaInput] | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> list[str]:
     """Answer the last message of every conversation, greedily; the answers come in the order of the conversations.
@@ -161,11 +167,12 @@ def generate_answers(
         conversations: Messages, each list as for `Chat.stream`.
         batch_size: Conversations generated at once.
         max_new_tokens: Longest answer, in tokens.
+        change: What is done to each decoded media item, which has to keep its size.
         progress: Called after every batch with the number of conversations it answered, e.g. a bar's `update`.
 
     Raises:
-        RowError, MediaError: A conversation is malformed or too long, or an image cannot be read. All but the decoding
-            of images is checked before the first answer.
+        RowError, MediaError: A conversation is malformed or too long, or a media item cannot be read. All but the
+            decoding of media is checked before the first answer.
     """
     if batch_size < 1:
         raise OptionError(f"batch_size = {batch_size}", expected="1 or more", do="set `batch_size` higher")
@@ -174,7 +181,8 @@ def generate_answers(
     answers = [""] * len(prompts)
     for batch in _batches(prompts, rooms, batch_size=batch_size):
         config = generation_config(model, max_new_tokens=rooms[batch[0]], temperature=0.0)
-        inputs = model_inputs(processor, [prompts[index] for index in batch], device=model.device)
+        chosen = [prompts[index] for index in batch]
+        inputs = model_inputs(processor, chosen, device=model.device, change=change)
         with eval_mode(model):
             generated = model.generate(**inputs, generation_config=config)
         for index, row in zip(batch, generated[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm.errors import MediaError
+from mllm.processing.kinds import media_kind
 
 NO_ANSWER = "No answer"
 """Title that marks a notice of the page, which is no word of the model."""
@@ -13,7 +14,7 @@ def messages_from_gradio(message: dict[str, Any], history: list[dict[str, Any]],
     """Turn the page's history and the user's new message into messages for `Chat`.
 
     A user's turn that got no answer (stopped at once, or refused with a notice titled `NO_ANSWER`) is left out,
-    and the notice with it: one bad picture must not spoil every later turn. All text stays text.
+    and the notice with it: one bad file must not spoil every later turn. All text stays text.
 
     Args:
         message: The new message, {"text": str, "files": [paths]}.
@@ -22,7 +23,7 @@ def messages_from_gradio(message: dict[str, Any], history: list[dict[str, Any]],
         folder: Where the page keeps uploads. History comes back from the browser: no other file is ever opened.
 
     Raises:
-        MediaError: A file lies outside of `folder`, or is gone.
+        MediaError: A file lies outside of `folder`, is gone, or holds no picture, sound or video.
     """
     new = [{"type": "file", "file": {"path": path}} for path in message["files"]]
     if message["text"]:
@@ -32,11 +33,6 @@ def messages_from_gradio(message: dict[str, Any], history: list[dict[str, Any]],
         {"role": turn["role"], "content": [_content_item(part, folder=folder) for part in turn["content"]]}
         for turn in turns
     ]
-
-
-def count_images(messages: list[dict]) -> int:
-    """How many images the messages hold."""
-    return sum(item["type"] == "image" for message in messages for item in message["content"])
 
 
 def _answered(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -65,8 +61,11 @@ def _content_item(part: dict[str, Any], *, folder: Path) -> dict[str, Any]:
     path = Path(part["file"]["path"]).resolve()
     if not path.is_relative_to(folder.resolve()) or not path.is_file():
         raise MediaError(
-            "an image that is no longer on the server",
-            expected="an image uploaded on this page in the last hours",
+            "a file that is no longer on the server",
+            expected="a file uploaded on this page in the last hours",
             do="start a new chat and upload it again",
         )
-    return {"type": "image", "image": path.read_bytes()}
+    # As bytes: errors then speak of the file without saying where the server keeps it.
+    data = path.read_bytes()
+    kind = media_kind(data, where=path.name)
+    return {"type": kind, kind: data}

@@ -1,55 +1,83 @@
 """From messages to what a model reads. All ids come from a processor's `encode_chat`, as in training."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft import PeftModel
-from PIL import Image
 from transformers import PreTrainedModel
 
-from mllm.errors import MediaError, RowError
+from mllm.errors import RowError
+from mllm.inference.limits import NO_LIMITS, MediaLimits
+from mllm.inference.media import KINDS, NOUNS, Medium, counted, read_medium
 from mllm.processing import TrainingProcessor
-from mllm.processing.images import ImageSource, decode_image, image_size
 from mllm.processing.media import MediaInput
 from mllm.processing.messages import plain_messages
 
 Messages = list[dict[str, Any]]
-"""[{"role": str, "content": str | list of {"type": "text", "text": str} and {"type": "image", "image": ImageSource}}]
+"""[{"role": str, "content": str | list of content items}], with the items
 
-An `ImageSource` is a PIL image, a file's path or its bytes.
+- {"type": "text", "text": str},
+- {"type": "image", "image": a PIL image, a file's path or its bytes},
+- {"type": "audio", "audio": a file's path or its bytes}, and {"type": "video", "video": the same}; with `start` and
+  `end`, in seconds, a part of it.
 """
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation up to the point where the model has to speak; its images are not decoded yet."""
+    """A conversation up to the point where the model has to speak; its media are not decoded yet."""
 
     input_ids: list[int]
-    images: list[ImageSource]
+    media: list[Medium] = field(default_factory=list)
+    messages: Messages = field(default_factory=list)
 
 
-def encode_prompt(processor: TrainingProcessor, messages: Messages) -> Prompt:
-    """Encode a conversation so that its ids end where an answer begins. Of images only the size is read.
+def encode_prompt(processor: TrainingProcessor, messages: Messages, *, limits: MediaLimits = NO_LIMITS) -> Prompt:
+    """Encode a conversation so that its ids end where an answer begins. Of media only the headers are read.
+
+    Args:
+        processor: Of the model.
+        messages: The conversation.
+        limits: How many media of which length it may hold.
 
     Raises:
-        MediaError: An image is missing, or its header cannot be read.
-        RowError: The messages are malformed.
+        MediaError: A media item is missing, its header cannot be read, or it is over a limit.
+        RowError: The messages are malformed, or hold media that the model does not read, or too large ones.
     """
-    plain_messages(messages, where="the conversation")  # before anything is looked up in them
-    images: list[Any] = [item.get("image") for message in messages for item in _image_items(message)]
-    sizes = [_size(image, where=_name(number)) for number, image in enumerate(images, start=1)]
+    plain_messages(messages, where="the conversation", kinds=KINDS)  # before anything is looked up in them
+    items = [item for message in messages for item in _media_items(message)]
+    kinds = [item["type"] for item in items]
+    _check_kinds(kinds, processor)
+    limits.check_numbers(kinds)
+    media = []
+    for place, item in enumerate(items):
+        number = kinds[: place + 1].count(kinds[place])
+        media.append(read_medium(item, name=f"{NOUNS[kinds[place]]} {number} of the conversation"))
+        limits.check_length(media[-1])
+    sizes = [medium.size for medium in media]
     encoded = processor.encode_chat(messages, media_sizes=sizes, add_generation_prompt=True)
-    return Prompt(input_ids=encoded.input_ids, images=images)
+    return Prompt(input_ids=encoded.input_ids, media=media, messages=messages)
 
 
 def model_inputs(
-    processor: TrainingProcessor, prompts: list[Prompt], *, device: torch.device
+    processor: TrainingProcessor,
+    prompts: list[Prompt],
+    *,
+    device: torch.device,
+    change: Callable[[MediaInput], MediaInput] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Batch prompts for `generate`: images decoded, ids padded on the left, so that all answers begin in one column.
+    """Batch prompts for `generate`: media decoded, ids padded on the left, so that all answers begin in one column.
+
+    Args:
+        processor: Of the model.
+        prompts: As `encode_prompt` makes them.
+        device: Where the model is.
+        change: What is done to each decoded item, which has to keep its size.
 
     Raises:
-        MediaError: An image cannot be decoded.
+        MediaError: A media item cannot be decoded.
     """
     longest = max(len(prompt.input_ids) for prompt in prompts)
     input_ids = torch.full((len(prompts), longest), _padding_id(processor))
@@ -59,12 +87,10 @@ def model_inputs(
         input_ids[row, start:] = torch.tensor(prompt.input_ids)
         attention_mask[row, start:] = 1
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    media = [
-        MediaInput("image", image, (image.height, image.width), row)
-        for row, prompt in enumerate(prompts)
-        for image in _decoded(prompt)
-    ]
-    inputs |= processor.encode_media(media) | processor.text_inputs(input_ids)
+    media = [medium.decoded(processor, row=row) for row, prompt in enumerate(prompts) for medium in prompt.media]
+    media = media if change is None else [change(item) for item in media]
+    inputs |= processor.encode_media(media) | processor.encode_questions([prompt.messages for prompt in prompts])
+    inputs |= processor.text_inputs(input_ids)
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
@@ -79,10 +105,11 @@ def room_for_answer(model: PreTrainedModel | PeftModel, prompt: Prompt, *, max_n
         return max_new_tokens
     found = len(prompt.input_ids)
     if found >= limit:
+        media = counted([medium.item.kind for medium in prompt.media]) or "no media"
         raise RowError(
-            f"a conversation of {found} tokens, with {len(prompt.images)} images",
+            f"a conversation of {found} tokens, with {media}",
             expected=f"at most {limit - 1}, so that an answer fits into the model's context of {limit}",
-            do="start a new conversation, or send shorter text or fewer images",
+            do="start a new conversation, or send shorter text or fewer and shorter media",
         )
     return min(max_new_tokens, limit - found)
 
@@ -93,25 +120,17 @@ def _padding_id(processor: TrainingProcessor) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
-def _name(number: int) -> str:
-    return f"image {number} of the conversation"
-
-
-def _decoded(prompt: Prompt) -> list[Image.Image]:
-    return [decode_image(image, where=_name(number)) for number, image in enumerate(prompt.images, start=1)]
-
-
-def _image_items(message: dict[str, Any]) -> list[dict[str, Any]]:
+def _media_items(message: dict[str, Any]) -> list[dict[str, Any]]:
     content = message["content"]
-    return [] if isinstance(content, str) else [item for item in content if item["type"] == "image"]
+    return [] if isinstance(content, str) else [item for item in content if item["type"] != "text"]
 
 
-def _size(source: Any, *, where: str) -> tuple[int, int]:
-    """Height and width of an image as it will be decoded."""
-    if isinstance(source, ImageSource):
-        return image_size(source, where=where)
-    raise MediaError(
-        f"{where} given as {type(source).__name__}",
-        expected="a PIL image, a path or bytes under the key `image`",
-        do='write the item as {"type": "image", "image": ...}',
-    )
+def _check_kinds(kinds: list[str], processor: TrainingProcessor) -> None:
+    """Before any file is opened: what cannot be read need not be there."""
+    foreign = [kind for kind in kinds if kind not in processor.media_kinds]
+    if foreign:
+        raise RowError(
+            f"the conversation: {foreign[0]}, which the model does not read",
+            expected=f"media of kind {', '.join(processor.media_kinds) or 'none, but text alone'}",
+            do="leave it out, or talk to a model that reads it",
+        )

@@ -4,25 +4,25 @@ from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from mllm.errors import OptionError
-from mllm.sizes import ImageTokenRule
+from mllm.sizes import MediaRule, read_rule
 
-FEATURE_SELECTS = ("default", "full")
+MODALITIES = ("image", "audio", "video")
 
 
 class MllmTowerConfig(PreTrainedConfig):
     """One modality's encoder and the connector that leads from it to the language model.
 
     Args:
-        encoder_config: Configuration of the encoder, as a config object or as the dict it is saved as.
-        connector_type: A key of `mllm.models.connectors.CONNECTORS`.
-        connector_activation: Activation inside the connector, by its transformers name.
-        connector_bias: Whether the connector's linear layers have a bias.
+        encoder_config: Configuration of the encoder, as a config object or as the dict it is saved as; None for a
+            video tower, whose frames the image tower's encoder reads.
+        connector: The connector's `type`, a key of `mllm.models.connectors.CONNECTORS`, and all its options.
+        feature_sizes: Width of the encoder's features; several where it gives several streams of them.
+        feature_lengths: Where there are several streams, how many features of a view each has.
         text_hidden_size: Width of the language model, the connector's output.
         feature_layer: Which of the encoder's `hidden_states` are the features. Not `last_hidden_state`: for SigLIP,
             DINO and ViT that one passed a further norm, which stock LLaVA does not apply.
-        feature_select: "default" drops the first token (a class token), "full" keeps every token.
-        num_prefix_tokens: Tokens the encoder puts in front of its patches.
+        through_image_connector: Of a video tower: whether frames pass the image tower's connector before their own.
+        rule: How many tokens an item becomes, as `mllm.sizes.written_rule` writes it; the processor has the same.
         placeholder_token_id: Token id that stands in `input_ids` once for every feature vector.
     """
 
@@ -31,34 +31,23 @@ class MllmTowerConfig(PreTrainedConfig):
     sub_configs: ClassVar[dict[str, Any]] = {"encoder_config": AutoConfig}
 
     encoder_config: Any = None
-    connector_type: str = "mlp"
-    connector_activation: str = "gelu"
-    connector_bias: bool = True
+    connector: Any = None
+    feature_sizes: Any = ()
+    feature_lengths: Any = ()
     text_hidden_size: int = 0
     feature_layer: int = -1
-    feature_select: str = "default"
-    num_prefix_tokens: int = 1
+    through_image_connector: bool = False
+    rule: Any = None
     placeholder_token_id: int = 0
 
     def __post_init__(self, **kwargs):
-        self.encoder_config = _as_config(self.encoder_config)
+        self.encoder_config = as_config(self.encoder_config)
         super().__post_init__(**kwargs)
-        if self.feature_select not in FEATURE_SELECTS:
-            raise OptionError(
-                f"feature_select = {self.feature_select!r}",
-                expected=f"one of {', '.join(FEATURE_SELECTS)}",
-                do="set `feature_select` to one of them, or leave it out",
-            )
 
     @property
-    def image_token_rule(self) -> ImageTokenRule:
-        """How many tokens an image of the encoder's native size becomes."""
-        return ImageTokenRule(
-            image_size=_side(self.encoder_config.image_size),
-            patch_size=_side(self.encoder_config.patch_size),
-            num_prefix_tokens=self.num_prefix_tokens,
-            feature_select=self.feature_select,
-        )
+    def media_rule(self) -> MediaRule:
+        """How many tokens an item of this modality becomes."""
+        return read_rule(self.rule)
 
 
 class MllmConfig(PreTrainedConfig):
@@ -84,28 +73,40 @@ class MllmConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         # Before super(): it hands the attention choice on, and needs config objects for that.
-        self.text_config = _as_config(self.text_config)
-        for name in ("image_config", "audio_config", "video_config"):
-            value = getattr(self, name)
+        self.text_config = as_config(self.text_config)
+        for modality in MODALITIES:
+            value = getattr(self, f"{modality}_config")
             if isinstance(value, dict):
-                setattr(self, name, MllmTowerConfig(**value))
+                setattr(self, f"{modality}_config", MllmTowerConfig(**value))
         super().__post_init__(**kwargs)
         if self.text_config is not None:
             self.tie_word_embeddings = self.text_config.tie_word_embeddings
+
+    @property
+    def tower_configs(self) -> dict[str, MllmTowerConfig]:
+        """The configurations of the towers there are, by modality."""
+        found = {modality: getattr(self, f"{modality}_config") for modality in MODALITIES}
+        return {modality: config for modality, config in found.items() if config is not None}
 
     @property
     def image_token_id(self) -> int | None:
         """Placeholder id of images, by the name that stock code looks for; None without an image tower."""
         return None if self.image_config is None else self.image_config.placeholder_token_id
 
+    @property
+    def audio_token_id(self) -> int | None:
+        """Placeholder id of sounds; None without an audio tower."""
+        return None if self.audio_config is None else self.audio_config.placeholder_token_id
 
-def _as_config(value: dict | PreTrainedConfig | None) -> PreTrainedConfig | None:
+    @property
+    def video_token_id(self) -> int | None:
+        """Placeholder id of videos; None without a video tower."""
+        return None if self.video_config is None else self.video_config.placeholder_token_id
+
+
+def as_config(value: dict | PreTrainedConfig | None) -> PreTrainedConfig | None:
+    """A sub-configuration as an object, from what it is saved as."""
     if not isinstance(value, dict):
         return value
     fields = dict(value)
     return CONFIG_MAPPING[fields.pop("model_type")](**fields)
-
-
-def _side(value: int | list[int] | tuple[int, ...]) -> int:
-    """Configs write a square's side as 14 or as [14, 14]."""
-    return value if isinstance(value, int) else int(value[0])

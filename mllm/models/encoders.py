@@ -1,13 +1,27 @@
 """The encoders that can be composed, one entry each: what they are in a checkpoint, what precedes their patches."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    Blip2VisionModel,
+    InstructBlipVisionModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from mllm.errors import CompositionError
+from mllm.models.audio_families import AUDIO_ENCODERS
+from mllm.models.encoder_checkpoints import layers_needed, load_part
+from mllm.models.mixed_configuration import MixedEncoderConfig
+from mllm.models.query_encoder import QueryEncoderConfig
+from mllm.sizes import MediaRule
+
+NUM_CHANNELS = 3
+"""Of the pixels: images are RGB wherever they are decoded, and configurations of BLIP-2 do not state it."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +36,10 @@ class EncoderFamily:
         unused: Prefixes of the encoder's parameters that the features never pass. They get no gradient, so training
             leaves them alone (a distributed run stops at parameters that wait for one).
         overrides: Config fields set at assembly, for parts that would only be carried along.
+        kind: Its class, where no auto class knows it.
+        key_mapping: Patterns of the names that a checkpoint has, and what they are in the encoder.
+        features: "tokens", patches behind what stands in front of them; or "map", the last stage of a convolutional
+            encoder, which `MixedEncoder` reads.
     """
 
     model_type: str
@@ -30,10 +48,39 @@ class EncoderFamily:
     unexpected_prefixes: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     overrides: dict[str, object] = field(default_factory=dict)
+    kind: type[PreTrainedModel] | None = None
+    key_mapping: dict[str, str] = field(default_factory=dict)
+    features: str = "tokens"
 
 
 def _with_registers(config: PreTrainedConfig) -> int:
     return 1 + config.num_register_tokens
+
+
+def _convolutional(model_type: str) -> EncoderFamily:
+    """ConvNeXt: its layers are stages, each of which halves the grid."""
+    return EncoderFamily(
+        model_type,
+        num_prefix_tokens=lambda config: 0,
+        unexpected_prefixes=("classifier.",),
+        unused=("layernorm",),
+        features="map",
+    )
+
+
+def _of_blip(model_type: str, kind: type[PreTrainedModel]) -> EncoderFamily:
+    """EVA-CLIP's ViT-g as BLIP-2 has it; its last norm is the first of BLIP-2's Q-Former connector."""
+    return EncoderFamily(
+        model_type,
+        sub_config="vision_config",
+        unexpected_prefixes=(
+            "language_model.", "language_projection.", "qformer.", "query_tokens", "vision_projection.",
+            "text_projection.", "itm_head.", "embeddings.",
+        ),
+        unused=("post_layernorm",),
+        kind=kind,
+        key_mapping={r"^vision_model\.": ""},
+    )  # fmt: skip
 
 
 _CLIP = EncoderFamily(
@@ -50,6 +97,9 @@ _SIGLIP = EncoderFamily(
     unused=("post_layernorm",),
     overrides={"vision_use_head": False},
 )
+
+_BLIP_2 = _of_blip("blip_2_vision_model", Blip2VisionModel)
+_INSTRUCT_BLIP = _of_blip("instructblip_vision_model", InstructBlipVisionModel)
 
 ENCODERS: dict[str, EncoderFamily] = {
     "clip": _CLIP,
@@ -69,7 +119,62 @@ ENCODERS: dict[str, EncoderFamily] = {
         "dinov3_vit", num_prefix_tokens=_with_registers, unused=("norm", "embeddings.mask_token")
     ),
     "vit": EncoderFamily("vit", unexpected_prefixes=("classifier.",), unused=("layernorm", "pooler")),
+    "blip-2": _BLIP_2,
+    "blip_2_vision_model": _BLIP_2,
+    "instructblip": _INSTRUCT_BLIP,
+    "instructblip_vision_model": _INSTRUCT_BLIP,
+    "convnext": _convolutional("convnext"),
+    "convnextv2": _convolutional("convnextv2"),
 }
+
+
+def side(value: int | list[int] | tuple[int, ...]) -> int:
+    """Configs write a square's side as 14 or as [14, 14]."""
+    return value if isinstance(value, int) else int(value[0])
+
+
+def feature_width(config: PreTrainedConfig) -> int:
+    """Width of an image encoder's features."""
+    if isinstance(config, QueryEncoderConfig) or ENCODERS[config.model_type].features == "tokens":
+        return config.hidden_size
+    return config.hidden_sizes[config.num_stages - 1]
+
+
+def grid_side(config: PreTrainedConfig, image_size: int) -> int:
+    """How many cells an image encoder makes of the side of a square of so many pixels."""
+    if ENCODERS[config.model_type].features == "map":
+        return image_size // (side(config.patch_size) * 2 ** (config.num_stages - 1))
+    return image_size // side(config.patch_size)
+
+
+def native_shape(config: PreTrainedConfig, rule: MediaRule) -> tuple[int, ...]:
+    """The shape of one view as the encoder takes it."""
+    if rule.kind == "audio":
+        return AUDIO_ENCODERS[config.model_type].shape(config, rule.window)
+    return NUM_CHANNELS, rule.image_size, rule.image_size
+
+
+def unused_parameters(config: PreTrainedConfig) -> tuple[str, ...]:
+    """Prefixes of an encoder's parameters that its features never pass."""
+    if config.model_type in AUDIO_ENCODERS:
+        return AUDIO_ENCODERS[config.model_type].unused(config)
+    if isinstance(config, QueryEncoderConfig):
+        return ()
+    if isinstance(config, MixedEncoderConfig):
+        named = config.encoder_configs.items()
+        return tuple(f"{name}.{prefix}" for name, one in named for prefix in unused_parameters(one))
+    return ENCODERS[config.model_type].unused
+
+
+def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
+    """An encoder with fresh weights, in the type that is being loaded, which transformers does not hand on so deep."""
+    dtype = torch.get_default_dtype()
+    if config.model_type in AUDIO_ENCODERS:
+        return AUDIO_ENCODERS[config.model_type].kind(config).to(dtype)
+    family = ENCODERS.get(config.model_type)
+    if family is not None and family.kind is not None:
+        return family.kind(config).to(dtype)
+    return AutoModel.from_config(config, dtype=dtype)
 
 
 def encoder_family(model_type: str, *, where: str) -> EncoderFamily:
@@ -86,7 +191,7 @@ def encoder_family(model_type: str, *, where: str) -> EncoderFamily:
     raise CompositionError(
         f"{where} is a {model_type!r} model{reason}",
         expected=f"an image encoder of one of these types: {', '.join(ENCODERS)}",
-        do="name another checkpoint as `image_encoder`",
+        do="name another checkpoint as `image.encoder`",
     )
 
 
@@ -109,34 +214,15 @@ def load_encoder(path: str, *, feature_layer: int) -> tuple[PreTrainedModel, int
         config = getattr(config, family.sub_config)
     for name, value in family.overrides.items():
         setattr(config, name, value)
-    config = _with_layers(config, _layers_needed(config.num_hidden_layers, feature_layer, path))
-    with _without_load_report():
-        encoder, loaded = AutoModel.from_pretrained(path, config=config, output_loading_info=True)
-    _check_keys(loaded, family, config.num_hidden_layers, path)
+    config = _with_layers(config, layers_needed(config.num_hidden_layers, feature_layer, path))
+    encoder = load_part(
+        family.kind or AutoModel,
+        path,
+        config=config,
+        unexpected_prefixes=family.unexpected_prefixes,
+        key_mapping=family.key_mapping or None,
+    )
     return encoder, family.num_prefix_tokens(config)
-
-
-@contextmanager
-def _without_load_report() -> Iterator[None]:
-    """Transformers would warn of every layer we leave behind on purpose; `_check_keys` judges in its place."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
-def _layers_needed(num_layers: int, feature_layer: int, path: str) -> int:
-    """`hidden_states` has num_layers + 1 entries, the first of which is the embeddings."""
-    index = feature_layer if feature_layer >= 0 else num_layers + 1 + feature_layer
-    if not 1 <= index <= num_layers:
-        raise CompositionError(
-            f"feature_layer = {feature_layer}, and {path} has {num_layers} layers",
-            expected=f"-{num_layers} to -1, or 1 to {num_layers}",
-            do="set `feature_layer` to one of them; -2 is LLaVA-1.5's, -1 the last layer",
-        )
-    return index
 
 
 def _with_layers(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
@@ -144,27 +230,3 @@ def _with_layers(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
     derived = ("stage_names", "out_features", "out_indices")
     fields = {name: value for name, value in config.to_dict().items() if name not in derived}
     return type(config).from_dict({**fields, "num_hidden_layers": num_layers})
-
-
-def _check_keys(loaded: dict, family: EncoderFamily, num_layers: int, path: str) -> None:
-    """No missing key; unexpected ones only under the table's prefixes or of layers above the features."""
-    missing = sorted(loaded["missing_keys"])
-    mismatched = sorted(str(key) for key in loaded["mismatched_keys"])
-    left_over = sorted(
-        key
-        for key in loaded["unexpected_keys"]
-        if not key.startswith(family.unexpected_prefixes) and not _is_of_dropped_layer(key, num_layers)
-    )
-    if missing or mismatched or left_over:
-        raise CompositionError(
-            f"loading {path} left keys missing {missing[:3]}, left over {left_over[:3]}, "
-            f"of other shape {mismatched[:3]}",
-            expected=f"the weights of a {family.model_type!r} encoder, no more and no less",
-            do="check that the checkpoint is whole and was saved by transformers",
-        )
-
-
-def _is_of_dropped_layer(key: str, num_layers: int) -> bool:
-    """Whether `key` names a block (the first number in it) at or above the ones we keep."""
-    number = next((int(piece) for piece in key.split(".") if piece.isdigit()), None)
-    return number is not None and number >= num_layers

@@ -1,7 +1,7 @@
 """Where two streams meet: encoded media take the place of their placeholders. Pure functions."""
 
 from mllm.errors import RowError
-from mllm.shapes import Bool, Float, MediaFeatures, Tensor, TokenIds
+from mllm.shapes import Bool, Float, MediaVectors, Tensor, TokenIds
 
 
 def placeholder_mask(input_ids: TokenIds, placeholder_id: int, *, num_features: int) -> Bool[Tensor, "B T"]:
@@ -22,7 +22,7 @@ def placeholder_mask(input_ids: TokenIds, placeholder_id: int, *, num_features: 
 
 
 def scatter_features(
-    embeds: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"], features: MediaFeatures
+    embeds: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"], features: MediaVectors
 ) -> Float[Tensor, "B T D"]:
     """Put the features, in order of appearance, where `mask` is true.
 

@@ -4,18 +4,33 @@ One forward is five sentences: embed the text; encode the media; connect; check 
 language model. It reads as transformers' `LlavaForConditionalGeneration` does, and takes the same arguments.
 """
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 
+from mllm.models.audio_encoders import audio_features
 from mllm.models.configuration import MllmConfig, MllmTowerConfig
-from mllm.models.connectors import build_connector
+from mllm.models.connectors import Question, build_connector
+from mllm.models.encoders import build_encoder, native_shape
 from mllm.models.fusion import placeholder_mask, scatter_features
 from mllm.models.loss import supervised_loss
-from mllm.shapes import Float, MediaFeatures, Pixels, Tensor, TokenIds
+from mllm.models.media import (
+    Media,
+    MediaSizes,
+    items_of_rows,
+    media_layout,
+    select_features,
+    sounding_samples,
+    take_media,
+)
+from mllm.models.streams import split_streams
+from mllm.shapes import Bool, EncoderFeatures, Float, MediaFeatures, MediaValues, MediaVectors, Tensor, TokenIds
+from mllm.sizes.audio import AudioTokenRule
 
 
 @dataclass
@@ -52,7 +67,7 @@ class MllmPreTrainedModel(PreTrainedModel):
 
     config: MllmConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "audio", "video", "text")
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -61,7 +76,7 @@ class MllmPreTrainedModel(PreTrainedModel):
 
 
 class MllmTower(PreTrainedModel):
-    """One modality's encoder and connector."""
+    """One modality's encoder and connector. A video tower has no encoder: that of the image tower sees its frames."""
 
     config: MllmTowerConfig
     supports_gradient_checkpointing = True
@@ -72,67 +87,88 @@ class MllmTower(PreTrainedModel):
 
     def __init__(self, config: MllmTowerConfig):
         super().__init__(config)
-        # In the type that is being loaded: transformers hands it on to our sub-configs, but not to theirs.
-        self.encoder = AutoModel.from_config(config.encoder_config, dtype=torch.get_default_dtype())
+        self.encoder: PreTrainedModel | None = None
+        if config.encoder_config is not None:
+            self.encoder = build_encoder(config.encoder_config)
         self.connector = build_connector(config)
+        self.rule = config.media_rule
         self.encoder_chunk: int | None = None
         self.post_init()
 
     @property
     def is_encoder_frozen(self) -> bool:
         """Whether no parameter of the encoder is trained."""
-        return not any(parameter.requires_grad for parameter in self.encoder.parameters())
+        return self.encoder is None or not any(parameter.requires_grad for parameter in self.encoder.parameters())
 
     def train(self, mode: bool = True) -> "MllmTower":
-        """Set training mode, except that a frozen encoder stays in eval mode: its dropout must not come alive."""
+        """Set training mode, except that a frozen encoder stays in eval mode: its dropout must not come alive.
+
+        Batch norms (of CLAP) stay in it always: else what a sound becomes would depend on its neighbours.
+        """
         super().train(mode)
-        if mode and self.is_encoder_frozen:
-            self.encoder.eval()
+        if mode and self.encoder is not None:
+            norms = [module for module in self.encoder.modules() if isinstance(module, nn.BatchNorm2d)]
+            for module in [self.encoder] if self.is_encoder_frozen else norms:
+                module.eval()
         return self
 
-    def forward(self, pixel_values: Pixels) -> MediaFeatures:
-        """Encode and connect a batch of media items of the encoder's native size."""
-        return self.connector(self.select_features(self.encode(pixel_values)))
+    def forward(self, values: MediaValues, sizes: MediaSizes | None = None) -> MediaFeatures | list[MediaVectors]:
+        """Encode and connect a batch of media items."""
+        return self.connect(self.encode(values, sizes), sizes)
 
-    def encode(self, pixel_values: Pixels) -> Float[Tensor, "N P D_encoder"]:
-        """All tokens of the feature layer, in calls of at most `encoder_chunk` items where that is set.
+    def encode(self, values: MediaValues, sizes: MediaSizes | None = None) -> EncoderFeatures:
+        """The features of all views, in calls of at most `encoder_chunk` views where that is set.
 
-        A frozen encoder leaves no graph behind. Where ranks call the encoder together, one with fewer items calls it
+        Sizes are asked for by audio encoders that are told where a sound ends; None for whole views.
+
+        A frozen encoder leaves no graph behind. Where ranks call the encoder together, one with fewer views calls it
         as often as the others, on zeros that change nothing.
         """
-        chunks = pixel_values.split(self.encoder_chunk or len(pixel_values))
+        chunks = values.split(self.encoder_chunk or len(values))
         num_calls = self._calls_of_the_longest_rank(len(chunks))  # asked before the first, which may be collective
-        hidden = [self._call_encoder(chunk) for chunk in chunks]
-        encoded = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
+        sounding = sounding_samples(self.rule, sizes, num_views=len(values)).split(self.encoder_chunk or len(values))
+        features = [self._call_encoder(*pair) for pair in zip(chunks, sounding, strict=True)]
+        encoded = features[0] if len(features) == 1 else torch.cat(features)
         for _ in range(num_calls - len(chunks)):
             encoded = encoded + (0.0 * self._call_encoder(self.native_zeros())).sum()
         return encoded
 
-    def _call_encoder(self, pixel_values: Pixels) -> Float[Tensor, "N P D_encoder"]:
+    def _call_encoder(self, values: MediaValues, samples: Tensor | None = None) -> EncoderFeatures:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_encoder_frozen):
-            outputs = self.encoder(pixel_values.to(self.encoder.dtype), output_hidden_states=True)
-        return outputs.hidden_states[self.config.feature_layer]
+            if isinstance(self.rule, AudioTokenRule):
+                return audio_features(self.encoder, values.to(self.encoder.dtype), rule=self.rule, samples=samples)
+            outputs = self.encoder(values.to(self.encoder.dtype), output_hidden_states=True)
+        return select_features(outputs.hidden_states[self.config.feature_layer], self.rule)
 
     def _calls_of_the_longest_rank(self, own: int) -> int:
-        """How often the rank with most items calls the encoder in this forward. One call each needs no asking."""
+        """How often the rank with most views calls the encoder in this forward. One call each needs no asking."""
         if self.encoder_chunk is None or not is_called_together(self.encoder, training=self.training):
             return own
         most = torch.tensor(own, device=self.device)
         torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
         return int(most)
 
-    def select_features(self, hidden: Float[Tensor, "N P D_encoder"]) -> Float[Tensor, "N V D_encoder"]:
-        """Drop the class token where the configuration says so."""
-        return hidden[:, 1:] if self.config.feature_select == "default" else hidden
+    def connect(
+        self, features: EncoderFeatures, sizes: MediaSizes | None = None, question: Question | None = None
+    ) -> MediaFeatures | list[MediaVectors]:
+        """Lead the features of all views, computed now or earlier, to the language model's width.
 
-    def connect(self, features: Float[Tensor, "N V D_encoder"]) -> MediaFeatures:
-        """Lead the encoder's features, computed earlier, to the language model's width."""
-        return self.connector(features.to(self.dtype))
+        Args:
+            features: Of all views of all items, in order.
+            sizes: Of the items, see `media_layout`; None where each has one view, of which all features count.
+            question: What each item is asked about, for connectors that read it.
+        """
+        layout = None if sizes is None else media_layout(self.rule, sizes, num_views=len(features))
+        features = features.to(self.dtype)
+        if lengths := self.config.feature_lengths:
+            streams = split_streams(features, lengths=lengths, widths=self.config.feature_sizes)
+            return self.connector(streams, layout, question)
+        return self.connector(features, layout, question)
 
-    def native_zeros(self) -> Pixels:
-        """One item of the encoder's native size, for ranks that have no media."""
-        side, config = self.config.image_token_rule.image_size, self.config.encoder_config
-        return torch.zeros(1, config.num_channels, side, side, device=self.device, dtype=self.encoder.dtype)
+    def native_zeros(self) -> MediaValues:
+        """One view of the encoder's native shape, for ranks that have no media."""
+        shape = native_shape(self.config.encoder_config, self.rule)
+        return torch.zeros(1, *shape, device=self.device, dtype=self.encoder.dtype)
 
 
 class MllmModel(MllmPreTrainedModel):
@@ -142,16 +178,20 @@ class MllmModel(MllmPreTrainedModel):
         super().__init__(config)
         if config.image_config is not None:
             self.image_tower = MllmTower(config.image_config)
+        if config.audio_config is not None:
+            self.audio_tower = MllmTower(config.audio_config)
+        if config.video_config is not None:
+            self.video_tower = MllmTower(config.video_config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
     @property
     def towers(self) -> dict[str, MllmTower]:
         """The towers there are, by modality; a view, never a stored container."""
-        return {"image": self.image_tower} if self.config.image_config is not None else {}
+        return {modality: getattr(self, f"{modality}_tower") for modality in self.config.tower_configs}
 
     def set_encoder_chunk(self, items: int | None) -> None:
-        """Let each call of an encoder read at most that many media items; None for all of a batch in one call."""
+        """Let each call of an encoder read at most that many views; None for all of a batch in one call."""
         for tower in self.towers.values():
             tower.encoder_chunk = items
 
@@ -163,58 +203,77 @@ class MllmModel(MllmPreTrainedModel):
         """Replace the language model's token embedding."""
         self.language_model.set_input_embeddings(value)
 
-    def get_image_features(self, pixel_values: Pixels, return_dict: bool = True) -> BaseModelOutputWithPooling:
-        """Encode images; as in stock models the connected features are the output's `pooler_output` [N, V, D].
+    def get_image_features(
+        self,
+        pixel_values: MediaValues,
+        image_sizes: MediaSizes | None = None,
+        image_question_ids: Tensor | None = None,
+        image_question_mask: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> BaseModelOutputWithPooling:
+        """Encode images; as in stock models the connected features are the output's `pooler_output`."""
+        media = Media("image", pixel_values, image_sizes, None, image_question_ids, image_question_mask)
+        return BaseModelOutputWithPooling(pooler_output=self.encode_media([media])[0]["image"])
 
-        `generate` calls this once before the first step, by this name.
-        """
-        hidden = self.image_tower.encode(pixel_values)
-        features = self.image_tower.connector(self.image_tower.select_features(hidden))
-        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=features)
+    def get_video_features(
+        self,
+        pixel_values_videos: MediaValues,
+        video_sizes: MediaSizes | None = None,
+        video_question_ids: Tensor | None = None,
+        video_question_mask: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> BaseModelOutputWithPooling:
+        """Encode videos, of which all frames follow one another; see `get_image_features`."""
+        media = Media("video", pixel_values_videos, video_sizes, None, video_question_ids, video_question_mask)
+        return BaseModelOutputWithPooling(pooler_output=self.encode_media([media])[0]["video"])
+
+    def get_audio_features(
+        self,
+        input_features: MediaValues,
+        audio_sizes: MediaSizes | None = None,
+        audio_question_ids: Tensor | None = None,
+        audio_question_mask: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> BaseModelOutputWithPooling:
+        """Encode sounds; see `get_image_features`."""
+        media = Media("audio", input_features, audio_sizes, None, audio_question_ids, audio_question_mask)
+        return BaseModelOutputWithPooling(pooler_output=self.encode_media([media])[0]["audio"])
 
     def forward(
         self,
         input_ids: TokenIds | None = None,
-        pixel_values: Pixels | None = None,
         attention_mask: Tensor | dict | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Float[Tensor, "B T D"] | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        image_features: Float[Tensor, "N V D_encoder"] | None = None,
         **kwargs,
     ) -> ModelOutput:
         """Run the composed model up to its last hidden states.
 
         Args:
             input_ids: Token ids with one placeholder for every feature vector.
-            pixel_values: The batch's images in order of appearance; None when it has none.
             attention_mask: 1 for tokens, 0 for padding; absent for packed rows.
             position_ids: Given for packed rows only.
             past_key_values: Cache of earlier steps.
             inputs_embeds: Embedded input in place of `input_ids`, media already in it.
-            mm_encoder_outputs: Encoded media ("image"), in place of `pixel_values`.
-            image_features: What the encoder gave for the images when it read them before, in place of `pixel_values`;
-                with no items where the batch has none. Every batch of a run has them, or none.
-            **kwargs: Passed on to the language model.
+            mm_encoder_outputs: Encoded media by modality, in place of their values.
+            **kwargs: The batch's media, as `Media` lists them; the rest is passed on to the language model.
 
         Raises:
             RowError: Placeholders and feature vectors differ in number.
         """
+        media = [take_media(modality, kwargs) for modality in self.towers]
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        encoded = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None and len(pixel_values):
-            encoded = self.get_image_features(pixel_values)
-        if image_features is not None and len(image_features):
-            encoded = BaseModelOutputWithPooling(pooler_output=self.image_tower.connect(image_features))
-        if encoded is not None:
-            inputs_embeds = self._scatter_images(input_ids, inputs_embeds, encoded.pooler_output)
-        elif input_ids is not None and past_key_values is None and "image" in self.towers:
-            placeholder_mask(input_ids, self.config.image_config.placeholder_token_id, num_features=0)
-        if encoded is None and past_key_values is None and self._must_join_other_ranks():
-            # By the way of real images: ZeRO-3 compares the modules that each rank has called, one by one.
-            inputs_embeds = inputs_embeds + 0.0 * self._features_of_nothing(image_features).sum()
+        given = {modality: outputs.pooler_output for modality, outputs in (mm_encoder_outputs or {}).items()}
+        # A step with a cache comes after one that has joined the others, or is one of `generate`, which has.
+        encoded, nothing = self.encode_media(media, given=given, joins_ranks=past_key_values is None)
+        connected = given | encoded
+        if nothing is not None:
+            inputs_embeds = inputs_embeds + nothing
+        if input_ids is not None and (connected or past_key_values is None):
+            inputs_embeds = self._scatter(input_ids, inputs_embeds, connected)
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -223,22 +282,92 @@ class MllmModel(MllmPreTrainedModel):
             **kwargs,
         )
 
-    def _features_of_nothing(self, image_features: Float[Tensor, "N V D_encoder"] | None) -> Float[Tensor, "1 V D"]:
-        """One item of zeros, through what the other ranks call: with features at hand the connector alone."""
-        if image_features is not None:
-            return self.image_tower.connect(image_features.new_zeros(1, *image_features.shape[1:]))
-        return self.get_image_features(self.image_tower.native_zeros()).pooler_output
+    def encode_media(
+        self, media: list[Media], *, given: Collection[str] = (), joins_ranks: bool = False
+    ) -> tuple[dict[str, MediaFeatures | list[MediaVectors]], Float[Tensor, ""] | None]:
+        """What the media of a batch become for the language model, and a zero in which other ranks' media meet.
 
-    def _scatter_images(self, input_ids: TokenIds, embeds: Tensor, features: MediaFeatures) -> Tensor:
-        num_features = sum(len(item) for item in features)
-        mask = placeholder_mask(input_ids, self.config.image_config.placeholder_token_id, num_features=num_features)
-        if isinstance(features, list):
-            features = torch.stack(features)
-        return scatter_features(embeds, mask, features)
+        Args:
+            media: Of each modality, some of them empty.
+            given: Modalities that are encoded already.
+            joins_ranks: Whether a rank that lacks a modality does as if it had one item of it, where others may call
+                its tower: the ranks call each module equally often. It is encoded together with real media, since
+                ZeRO-3 compares the modules that each rank has called, one by one. It changes no number, but its zero
+                has to reach the loss: so the modules get their gradients on every rank.
+        """
+        missing = {one.modality for one in media if one.is_empty and one.modality not in given}
+        if joins_ranks:
+            media = [self._filled(one) if one.modality in missing else one for one in media]
+        connected = self._encode_and_connect([one for one in media if not one.is_empty])
+        zeros = [0.0 * sum(item.sum() for item in connected.pop(name)) for name in missing & connected.keys()]
+        return connected, sum(zeros[1:], zeros[0]) if zeros else None
 
-    def _must_join_other_ranks(self) -> bool:
-        """Whether a forward without media has to call the tower all the same."""
-        return "image" in self.towers and is_called_together(self.image_tower, training=self.training)
+    def _encode_and_connect(self, media: list[Media]) -> dict[str, MediaFeatures | list[MediaVectors]]:
+        """Each encoder is called once: frames join the images. Then each modality is connected, in one order."""
+        features = {one.modality: one.features for one in media if one.features is not None}
+        for encoder, group in self._by_encoder([one for one in media if one.features is None]).items():
+            sizes = group[0].sizes if len(group) == 1 else None  # images and frames are whole views
+            encoded = self.towers[encoder].encode(torch.cat([one.values for one in group]), sizes)
+            parts = encoded.split([len(one.values) for one in group])
+            features |= {one.modality: part for one, part in zip(group, parts, strict=True)}
+        return {one.modality: self._connect(one, features[one.modality]) for one in media}
+
+    def _connect(self, media: Media, features: EncoderFeatures) -> MediaFeatures | list[MediaVectors]:
+        tower, question = self.towers[media.modality], media.question
+        if tower.config.through_image_connector:
+            # Each frame as an image of one view, asked about what its video is asked about.
+            counts = [1] * len(features) if media.sizes is None else media.sizes.tolist()
+            of_frames = None if question is None else question.repeated(counts)
+            features = self.towers["image"].connect(features, None, of_frames)
+        return tower.connect(features, media.sizes, question)
+
+    def _by_encoder(self, media: list[Media]) -> dict[str, list[Media]]:
+        """The media that one encoder reads, by the tower that has it."""
+        groups: dict[str, list[Media]] = {}
+        for one in media:
+            groups.setdefault(self._encoder_tower(one.modality), []).append(one)
+        return groups
+
+    def _encoder_tower(self, modality: str) -> str:
+        return modality if self.towers[modality].encoder is not None else "image"
+
+    def check_placeholders(self, input_ids: TokenIds, connected: Mapping[str, Any]) -> dict[str, Bool[Tensor, "B T"]]:
+        """Where the vectors of each modality go, of which there must be as many as placeholders.
+
+        Raises:
+            RowError: They are more or fewer.
+        """
+        masks = {}
+        for modality, config in self.config.tower_configs.items():
+            num_features = sum(len(item) for item in connected.get(modality, ()))
+            masks[modality] = placeholder_mask(input_ids, config.placeholder_token_id, num_features=num_features)
+        return masks
+
+    def _scatter(self, input_ids: TokenIds, embeds: Tensor, connected: dict[str, Any]) -> Tensor:
+        """Put each modality's vectors in place of its placeholders."""
+        masks = self.check_placeholders(input_ids, connected)
+        for modality, items in connected.items():
+            embeds = scatter_features(embeds, masks[modality], torch.cat(list(items)))
+        return embeds
+
+    def _filled(self, media: Media) -> Media:
+        """One item of zeros, if other ranks may call this tower now, through what they call.
+
+        With features at hand that is the connector alone.
+        """
+        modules: list[nn.Module] = [self.towers[media.modality]]
+        if self.towers[media.modality].config.through_image_connector:
+            modules.append(self.towers["image"].connector)
+        if media.features is None:
+            modules.append(self.towers[self._encoder_tower(media.modality)].encoder)
+        if not any(is_called_together(module, training=self.training) for module in modules):
+            return media
+        # About which nothing is asked: what reads questions has to be called with one.
+        nothing = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        question = {"question_ids": nothing, "question_mask": nothing}
+        if media.features is not None:
+            return Media(media.modality, features=media.features.new_zeros(1, *media.features.shape[1:]), **question)
+        return Media(media.modality, self.towers[self._encoder_tower(media.modality)].native_zeros(), **question)
 
 
 class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
@@ -259,14 +388,21 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
         """Replace the head."""
         self.lm_head = value
 
-    def get_image_features(self, pixel_values: Pixels, return_dict: bool = True) -> BaseModelOutputWithPooling:
+    def get_image_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
         """Encode images; see `MllmModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values, return_dict=return_dict)
+        return self.model.get_image_features(*args, **kwargs)
+
+    def get_video_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
+        """Encode videos; see `MllmModel.get_video_features`."""
+        return self.model.get_video_features(*args, **kwargs)
+
+    def get_audio_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
+        """Encode sounds; see `MllmModel.get_audio_features`."""
+        return self.model.get_audio_features(*args, **kwargs)
 
     def forward(
         self,
         input_ids: TokenIds | None = None,
-        pixel_values: Pixels | None = None,
         attention_mask: Tensor | dict | None = None,
         position_ids: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
@@ -280,21 +416,20 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: Token ids with one placeholder for every feature vector.
-            pixel_values: The batch's images in order of appearance.
             attention_mask: 1 for tokens, 0 for padding.
             position_ids: Given for packed rows, and by `generate`, which counts from a prompt's first token.
-            mm_encoder_outputs: Encoded media in place of `pixel_values`; `generate` encodes once, before it starts.
+            mm_encoder_outputs: Encoded media by modality, in place of their values; `generate` encodes once, before it
+                starts.
             labels: Ids to be learned, -100 elsewhere. With them no logits are made, except at those positions.
             loss_weights: A factor for each label.
             num_items_in_batch: Divisor of the loss; the batch's own supervised tokens where absent.
             logits_to_keep: How many last positions get logits, 0 for all.
-            **kwargs: Passed to `MllmModel.forward`.
+            **kwargs: The batch's media, and what else `MllmModel.forward` takes.
         """
         # `generate` passes position_ids and mm_encoder_outputs only to a forward that names them; without the first,
         # padding on the left would shift the positions.
         outputs = self.model(
             input_ids=input_ids,
-            pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
             mm_encoder_outputs=mm_encoder_outputs,
@@ -317,6 +452,39 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    @torch.no_grad()
+    def generate(self, inputs: TokenIds | None = None, **kwargs) -> Any:
+        """Generate text about media, which are encoded once, before it starts; stock code does so for two modalities.
+
+        Ranks that share a sharded model call the towers equally often, with media or without.
+
+        Args:
+            inputs: Token ids; also as `input_ids`.
+            **kwargs: The batch's media, and what transformers' `generate` takes.
+        """
+        given = dict(kwargs.pop("mm_encoder_outputs", None) or {})
+        media = [take_media(modality, kwargs) for modality in self.model.towers]
+        encoded, _ = self.model.encode_media(media, given=given, joins_ranks=True)
+        given |= {name: BaseModelOutputWithPooling(pooler_output=items) for name, items in encoded.items()}
+        input_ids = kwargs.get("input_ids") if inputs is None else inputs
+        if input_ids is not None:
+            self.model.check_placeholders(input_ids, {name: one.pooler_output for name, one in given.items()})
+        if given:
+            kwargs["mm_encoder_outputs"] = given
+        return super().generate(inputs, **kwargs)
+
+    def _expand_multimodal_outputs(
+        self, input_ids: TokenIds, mm_encoder_output: dict, expand_size: int = 1, **kwargs
+    ) -> dict[str, BaseModelOutputWithPooling]:
+        """Each row's media as often as the row is repeated (beams, several answers): A B, A B, not A A, B B."""
+        expanded = {}
+        for modality, outputs in mm_encoder_output.items():
+            placeholder = getattr(self.config, f"{modality}_token_id")
+            rows = items_of_rows(list(outputs.pooler_output), (input_ids == placeholder).sum(-1).tolist())
+            items = [item for row in rows for item in row * expand_size]
+            expanded[modality] = BaseModelOutputWithPooling(pooler_output=items)
+        return expanded
 
     def _embedding_name(self) -> str:
         """Full name of the input embedding; families call it embed_tokens, wte, embed_in, word_embeddings."""

@@ -11,9 +11,10 @@ from mllm.errors import MediaError
 from mllm.processing.containers import check_source, first_bytes, open_container
 from mllm.processing.decode_limit import with_time_limit
 from mllm.processing.files import media_name, signature
+from mllm.sizes.media import LONGEST_SECONDS
 
-MAX_SECONDS = 3600.0
-"""Of what one call returns: an hour at 16 kHz takes 230 MB."""
+MAX_SECONDS = LONGEST_SECONDS
+"""Of what one call returns."""
 HEADER_SECONDS = 10.0
 DECODE_SECONDS = 60.0
 _BLOCK = 1 << 18

@@ -76,8 +76,7 @@ class ChatEncoder:
         tokenizer: A tokenizer of the `tokenizers` library ("fast").
         chat_template: Text of a template with generation blocks.
         end_of_turn: The token that ends an answer; None while it is not known yet.
-        image_token: The image placeholder, None for a model without images.
-        placeholders: Those of all kinds of media, in place of `image_token`.
+        placeholders: What stands for media of each kind that the model reads.
         lists_content: Whether the template wants every content as a list of items.
     """
 
@@ -87,7 +86,6 @@ class ChatEncoder:
         *,
         chat_template: str,
         end_of_turn: str | None,
-        image_token: str | None = None,
         placeholders: Mapping[str, Placeholder] | None = None,
         lists_content: bool = False,
     ):
@@ -100,9 +98,7 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         self.num_tokens = len(tokenizer)
         self.chat_template = chat_template
-        if placeholders is None:
-            placeholders = {} if image_token is None else {"image": Placeholder(image_token, image_token)}
-        self.placeholders = dict(placeholders)
+        self.placeholders = dict(placeholders or {})
         self.lists_content = lists_content
         repeated = {kind: token.repeated for kind, token in self.placeholders.items()}
         self.placeholder_ids = frozenset(map(tokenizer.convert_tokens_to_ids, repeated.values()))
@@ -125,18 +121,16 @@ class ChatEncoder:
         self,
         messages: Sequence[dict[str, Any]],
         *,
-        image_lengths: Sequence[int] = (),
-        media: Sequence[Expansion] | None = None,
+        media: Sequence[Expansion] = (),
         add_generation_prompt: bool = False,
         where: str = "the conversation",
     ) -> EncodedChat:
         """Render, encode, weigh, expand.
 
         Args:
-            messages: `role`, `content` (a string or a list of text and image items), and for the assistant's an
+            messages: `role`, `content` (a string or a list of text and media items), and for the assistant's an
                 optional `loss` (a bool or a weight).
-            image_lengths: How many tokens each image becomes, in order of appearance.
-            media: What each media item becomes, where it is more than a repeated placeholder, or no image.
+            media: What each media item becomes, in order of appearance.
             add_generation_prompt: Whether to end with the template's opening of an answer.
             where: Names the row in errors.
 
@@ -144,14 +138,14 @@ class ChatEncoder:
             RowError: A message is malformed, images and placeholders disagree, or the template refuses the messages.
         """
         turns, kinds = plain_messages(messages, where=where, kinds=tuple(self.placeholders) or ("image",))
-        _check_kinds(kinds, ["image"] * len(image_lengths) if media is None else [item.kind for item in media], where)
+        _check_kinds(kinds, [item.kind for item in media], where)
         if self.lists_content:
             turns = with_lists(turns)
         mark = self._choose_mark(list(words_of(turns)), where)
         if mark is not None:
             turns = rewritten(turns, lambda text: cut_control_tokens(text, self.control_pattern, mark))
         text, spans = self.render(turns, add_generation_prompt, where)
-        if media:
+        if any(item.text != self.placeholders[item.kind].written for item in media):
             text, spans = self._replace_written(text, spans, media, where)
         weights = assistant_weights(messages, num_spans=len(spans), where=where)
         ids, starts, ends = self._tokenize(text, mark)
@@ -159,8 +153,6 @@ class ChatEncoder:
         for (start, end), weight in zip(spans, weights, strict=True):
             first, behind = bisect_right(ends, start), bisect_left(starts, end)
             loss_weights[first:behind] = [weight] * (behind - first)
-        if media is None:
-            return self._expand(ids, loss_weights, [("image", (length,)) for length in image_lengths], where)
         return self._expand(ids, loss_weights, [(item.kind, item.runs) for item in media], where)
 
     def _choose_mark(self, words: list[str], where: str) -> str | None:
@@ -322,6 +314,6 @@ def end_of_turn_ids(processor: ProcessorMixin) -> list[int]:
 
 def control_token_ids(processor: ProcessorMixin) -> list[int]:
     """Ids that must never be generated: every control token and placeholder but those that end a turn, ascending."""
-    tokens = control_tokens(processor.tokenizer, processor.image_token)
+    tokens = control_tokens(processor.tokenizer, *processor.media_tokens)
     ids = set(processor.tokenizer.convert_tokens_to_ids(tokens))
     return sorted(ids - set(end_of_turn_ids(processor)))

@@ -63,7 +63,7 @@ class ChatLengths:
         self.processor = processor
         self._encoder: ChatEncoder = processor.chat_encoder()
         self._is_ours = treats_texts_as_opaque(processor)
-        control = control_tokens(processor.tokenizer, processor.image_token, processor.end_of_turn_token)
+        control = control_tokens(processor.tokenizer, *processor.media_tokens, processor.end_of_turn_token)
         self._first_letters = tuple({token[0] for token in control if len(token) > 1})
         self._shapes: dict[_Key, _Shape | None] = {}
 
@@ -182,7 +182,7 @@ def treats_texts_as_opaque(processor: TrainingProcessor) -> bool:
         return False
     for name in TEMPLATES:
         try:
-            template = named_template(processor.tokenizer, name, image_token=processor.image_token or "<image>")
+            template = named_template(processor.tokenizer, name, placeholders=processor.placeholders)
         except OptionError:
             continue
         if template.text == processor.chat_template:

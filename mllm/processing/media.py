@@ -9,9 +9,10 @@ class MediaInput(NamedTuple):
     """A decoded media item.
 
     Args:
-        kind: "image" or "audio".
-        data: An upright RGB `PIL.Image`, or an array of samples of one channel at the processor's rate.
-        size: What its row says of it, and its tokens were counted by: (height, width), or (seconds,).
+        kind: "image", "audio" or "video".
+        data: An upright RGB `PIL.Image`; an array of samples of one channel at the processor's rate; of a video the
+            frames that are seen.
+        size: What its row says of it, and its tokens were counted by.
         row: Number of its row in the batch.
     """
 

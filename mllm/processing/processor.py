@@ -1,33 +1,33 @@
 """The processor: one tokenizer, and at most one preprocessor for each modality."""
 
-import dataclasses
 import inspect
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
-from transformers import (
-    AutoFeatureExtractor,
-    AutoImageProcessor,
-    AutoTokenizer,
-    AutoVideoProcessor,
-    ProcessorMixin,
-)
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, ProcessorMixin
+from transformers.image_utils import make_flat_list_of_images
 
-from mllm.errors import OptionError
-from mllm.processing.chat import ChatEncoder, EncodedChat
+from mllm.errors import OptionError, RowError
+from mllm.processing.chat import ChatEncoder, EncodedChat, Expansion, Placeholder
 from mllm.processing.geometry import encode_rgb, is_square_geometry
+from mllm.processing.images import decode_image
 from mllm.processing.media import MediaInput
+from mllm.processing.questions import encode_questions
+from mllm.processing.sounds import encode_sounds, fitted_sound
+from mllm.processing.tiles import encode_views, fitted_image
+from mllm.processing.videos import encode_videos, most_video_tokens, video_text
 from mllm.shapes import Pixels, Tensor, TokenIds
-from mllm.sizes import ImageTokenRule, MediaSize, num_image_tokens
+from mllm.sizes import ImageTokenRule, MediaRule, MediaSize, kind_of_size, num_tokens, read_rule
 
-RULE_FIELDS = tuple(field.name for field in dataclasses.fields(ImageTokenRule))
 COMPONENTS = {
     "tokenizer": AutoTokenizer,
     "image_processor": AutoImageProcessor,
     "feature_extractor": AutoFeatureExtractor,
-    "video_processor": AutoVideoProcessor,
+    "question_tokenizer": AutoTokenizer,
 }
+KINDS = ("image", "audio", "video")
 
 
 class _PresentComponents:
@@ -46,18 +46,18 @@ class MllmProcessor(ProcessorMixin):
     asked for when loading.
 
     Args:
-        tokenizer: The language model's tokenizer, with the placeholder as a special token.
-        image_processor: For a model with an image tower.
+        tokenizer: The language model's tokenizer, with the placeholders as special tokens.
+        image_processor: For a model with an image or video tower.
         feature_extractor: For a model with an audio tower.
-        video_processor: For a model with a video tower.
+        question_tokenizer: For a model with a connector that reads what a medium is asked about.
         chat_template: Text of a template with `{% generation %}` blocks.
-        image_token: The image placeholder.
         end_of_turn_token: The token that ends an answer.
-        image_size: Side of the square the image encoder sees.
-        patch_size: Side of one of its patches.
-        num_prefix_tokens: Tokens it puts in front of the patches.
-        feature_select: "default" drops the first token, "full" keeps every one.
-        image_geometry: How an image was made a square: "pad", "crop" or "squash".
+        rules: Of each kind of media that the model reads, how many tokens an item becomes, as `written_rule` has it.
+        image_geometry: How an image or a frame was made a square: "pad", "crop" or "squash".
+        image_token: The placeholder of images.
+        audio_token: The placeholder of sounds.
+        video_token: The placeholder of videos.
+        question_tokens: Of each kind of media whose connector reads questions, how many tokens of one at most.
     """
 
     get_attributes = _PresentComponents()
@@ -67,31 +67,33 @@ class MllmProcessor(ProcessorMixin):
         tokenizer: Any = None,
         image_processor: Any = None,
         feature_extractor: Any = None,
-        video_processor: Any = None,
+        question_tokenizer: Any = None,
         *,
         chat_template: str | None = None,
-        image_token: str | None = "<image>",
         end_of_turn_token: str | None = None,
-        image_size: int | None = None,
-        patch_size: int | None = None,
-        num_prefix_tokens: int | None = None,
-        feature_select: str | None = None,
+        rules: Mapping[str, Mapping[str, Any]] | None = None,
         image_geometry: str | None = None,
+        image_token: str | None = "<image>",
+        audio_token: str | None = "<audio>",
+        video_token: str | None = "<video>",
+        question_tokens: Mapping[str, int] | None = None,
     ):
-        given = (tokenizer, image_processor, feature_extractor, video_processor)
-        for name, component in zip(COMPONENTS, given, strict=True):
+        components = (tokenizer, image_processor, feature_extractor, question_tokenizer)
+        for name, component in zip(COMPONENTS, components, strict=True):
             if component is not None:
                 self.check_argument_for_proper_class(name, component)
                 setattr(self, name, component)
         self.chat_template = chat_template
-        self.image_token = None if image_processor is None else image_token
         self.end_of_turn_token = end_of_turn_token
-        self.image_size = image_size
-        self.patch_size = patch_size
-        self.num_prefix_tokens = num_prefix_tokens
-        self.feature_select = feature_select
+        self.rules = {kind: dict(rule) for kind, rule in (rules or {}).items()}
         self.image_geometry = image_geometry
+        # Stock code asks for them by name; None where the model does not read such media.
+        self.image_token = image_token if "image" in self.rules else None
+        self.audio_token = audio_token if "audio" in self.rules else None
+        self.video_token = video_token if "video" in self.rules else None
+        self.question_tokens = dict(question_tokens or {})
         self._encoder: ChatEncoder | None = None
+        self._rules = {kind: read_rule(rule) for kind, rule in self.rules.items()}
 
     @property
     def image_token_id(self) -> int | None:
@@ -101,26 +103,31 @@ class MllmProcessor(ProcessorMixin):
     @property
     def media_kinds(self) -> tuple[str, ...]:
         """The kinds of media that the model reads."""
-        return () if self.image_token is None else ("image",)
+        return tuple(kind for kind in KINDS if kind in self.rules)
+
+    @property
+    def placeholders(self) -> dict[str, str]:
+        """The token that stands for each kind's feature vectors."""
+        return {kind: getattr(self, f"{kind}_token") for kind in self.media_kinds}
+
+    @property
+    def media_tokens(self) -> tuple[str, ...]:
+        """The tokens that stand for media."""
+        return tuple(self.placeholders.values())
 
     @property
     def sampling_rate(self) -> int | None:
         """Samples a second that sounds are decoded at; None for a model without sounds."""
-        return None
+        return self.rule("audio").sampling_rate if "audio" in self.rules else None
+
+    def rule(self, kind: str) -> MediaRule:
+        """How many tokens a medium of a kind that the model reads becomes."""
+        return self._rules[kind]
 
     @property
     def image_token_rule(self) -> ImageTokenRule | None:
         """How many tokens an image becomes; None without images."""
-        if self.image_token is None:
-            return None
-        values: dict[str, Any] = {name: getattr(self, name) for name in RULE_FIELDS}
-        if missing := [name for name, value in values.items() if value is None]:
-            raise OptionError(
-                f"a processor with images and without {', '.join(missing)}",
-                expected=f"{', '.join(RULE_FIELDS)}, as the encoder has them",
-                do="make the processor with `build_processor`",
-            )
-        return ImageTokenRule(**values)
+        return self._rules.get("image")
 
     def encode_chat(
         self,
@@ -130,39 +137,87 @@ class MllmProcessor(ProcessorMixin):
         add_generation_prompt: bool = False,
         where: str = "the conversation",
     ) -> EncodedChat:
-        """Messages to ids, loss weights and media spans; no picture is opened.
+        """Messages to ids, loss weights and media spans; no file is opened.
 
         Args:
             messages: See `ChatEncoder.encode`.
-            media_sizes: Height and width of each image, in order of appearance.
+            media_sizes: Of each media item, in order of appearance.
             add_generation_prompt: Whether to end with the template's opening of an answer.
             where: Names the row in errors.
 
         Raises:
-            RowError: A message is malformed, or images and placeholders disagree.
+            RowError: A message is malformed, media and placeholders disagree, or a medium is too large for the model.
         """
         return self.chat_encoder().encode(
             messages,
-            image_lengths=[self.most_tokens(size) for size in media_sizes],
+            media=[self.expansion(size, where=where) for size in media_sizes],
             add_generation_prompt=add_generation_prompt,
             where=where,
         )
 
+    def expansion(self, size: MediaSize, *, where: str = "the conversation") -> Expansion:
+        """What a medium of this size becomes in the text.
+
+        Raises:
+            RowError: The model does not read such media, or none so large.
+        """
+        kind = kind_of_size(size)
+        if kind not in self.rules:
+            raise RowError(
+                f"{where}: {kind}, which the model does not read",
+                expected=f"media of kind {', '.join(self.media_kinds) or 'text alone'}",
+                do="drop the row, or train another model on it",
+            )
+        try:
+            if kind == "video":
+                return video_text(size, self.rule("video"), str(self.video_token))
+            return Expansion(kind, self.placeholders[kind], (num_tokens(size, self.rule(kind)),))
+        except RowError as error:
+            raise RowError(f"{where}: {error.found}", expected=error.expected, do=error.do) from error
+
     def encode_media(self, items: Sequence[MediaInput]) -> dict[str, Tensor]:
         """The model's inputs for decoded media of a batch, in order of appearance; nothing for no media."""
-        return {"pixel_values": self.encode_images([item.data for item in items])} if items else {}
+        by_kind = {kind: [item for item in items if item.kind == kind] for kind in self.media_kinds}
+        inputs: dict[str, Tensor] = {}
+        if images := by_kind.get("image"):
+            pictures = [item.data for item in images]
+            inputs |= encode_views(pictures, self.rule("image"), self.image_processor, self.encode_images)
+        if sounds := by_kind.get("audio"):
+            inputs |= encode_sounds(sounds, self.feature_extractor, self.rule("audio"))
+        if videos := by_kind.get("video"):
+            inputs |= encode_videos(videos, self.encode_images)
+        return inputs
+
+    def frame_times(self, size: MediaSize) -> tuple[float, ...]:
+        """When the frames of a video that the model sees are shown, in seconds from its beginning."""
+        return self.rule("video").times(size)
+
+    def encode_questions(self, conversations: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Tensor]:
+        """What the media of a batch are asked about, for connectors that read it; see `encode_questions`."""
+        if not self.question_tokens:
+            return {}
+        return encode_questions(conversations, self.question_tokenizer, self.question_tokens)
 
     def text_inputs(self, input_ids: TokenIds) -> dict[str, Tensor]:
         """What the model wants to be told about the tokens besides their ids: nothing."""
         return {}
 
     def fitted(self, item: MediaInput, *, where: str) -> MediaInput:
-        """The item as it is: whatever its row says of its size, it becomes the encoder's square."""
-        return item
+        """The item as its tokens were counted: a sound is brought to the length that its row states.
+
+        Images become the encoder's square whatever their row says of their size, unless they are cut into tiles; of a
+        video the frames were decoded that its size asks for.
+
+        Raises:
+            MediaError: The row says another length than the file has, or of an image in tiles another size.
+        """
+        if item.kind == "image":
+            return fitted_image(item, self.rule("image"), where=where)
+        return fitted_sound(item, int(self.sampling_rate or 0), where=where) if item.kind == "audio" else item
 
     def media_rule(self) -> str:
         """Everything that decides how many tokens a medium has, as text."""
-        return repr(self.image_token_rule)
+        return json.dumps(self.rules, sort_keys=True)
 
     def encode_images(self, images: Sequence[Image.Image]) -> Pixels:
         """RGB images to pixel values, in order; equal to what the image processor itself gives, but faster."""
@@ -178,12 +233,18 @@ class MllmProcessor(ProcessorMixin):
 
     def num_image_tokens(self, height: int, width: int) -> int:
         """How many placeholders stand for an image of this size; 0 where the model reads none."""
-        rule = self.image_token_rule
-        return 0 if rule is None else num_image_tokens(height, width, rule)
+        return num_tokens((height, width), self.rule("image")) if "image" in self.rules else 0
 
     def most_tokens(self, size: MediaSize) -> int:
-        """How many tokens a medium of this size becomes; 0 for one that the model does not read."""
-        return self.num_image_tokens(*size) if len(size) == 2 else 0
+        """How many tokens a medium of this size becomes, a video at most; 0 for one that the model does not read."""
+        if "video" in self.rules and kind_of_size(size) == "video":
+            return most_video_tokens(float(size[-1]), self.rule("video"))
+        try:
+            expansion = self.expansion(size)
+        except RowError:
+            return 0
+        # A token of what is written between runs is a character at least; each run was written as one placeholder.
+        return sum(expansion.runs) + len(expansion.text.replace(self.placeholders[expansion.kind], ""))
 
     def chat_encoder(self) -> ChatEncoder:
         """Made when first needed, and again when the template or the vocabulary has changed."""
@@ -199,7 +260,7 @@ class MllmProcessor(ProcessorMixin):
                 self.tokenizer,
                 chat_template=self.chat_template,
                 end_of_turn=self.end_of_turn_token,
-                image_token=self.image_token,
+                placeholders={kind: Placeholder(token, token) for kind, token in self.placeholders.items()},
             )
         return encoder
 
@@ -213,6 +274,14 @@ class MllmProcessor(ProcessorMixin):
         unused = {name: value for name, value in given.items() if name not in known}
         return (processor, unused) if return_unused_kwargs else processor
 
+    def _process_images(self, images: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+        """Stock `__call__` asks for the images' inputs, and for what to write for each."""
+        if self.image_token_rule is None or self.image_token_rule.tiles is None:
+            return super()._process_images(images, **kwargs)
+        pictures = [decode_image(image) for image in make_flat_list_of_images(images)]
+        written = [str(self.image_token) * self.num_image_tokens(image.height, image.width) for image in pictures]
+        return encode_views(pictures, self.image_token_rule, self.image_processor, self.encode_images), written
+
     @classmethod
     def _get_arguments_from_pretrained(
         cls, pretrained_model_name_or_path: Any, processor_dict: dict[str, Any] | None = None, **kwargs
@@ -222,11 +291,14 @@ class MllmProcessor(ProcessorMixin):
         Image and video processors are the PIL ones, with or without torchvision: the two give different pixels.
         """
         saved = processor_dict or {}
+        has_questions = bool(saved.get("question_tokens"))  # of tokenizers the file itself says nothing
         arguments: list[Any] = []
         for name, loader in COMPONENTS.items():
-            if name != "tokenizer" and name not in saved:
+            if not (name == "tokenizer" or name in saved or (name == "question_tokenizer" and has_questions)):
                 arguments.append(None)
                 continue
-            extra = {"backend": "pil"} if name == "image_processor" else {}
-            arguments.append(loader.from_pretrained(pretrained_model_name_or_path, **extra, **kwargs))
+            extra: dict[str, Any] = {"backend": "pil"} if name == "image_processor" else {}
+            if name == "question_tokenizer":
+                extra = {"subfolder": "/".join(filter(None, (kwargs.get("subfolder"), name)))}
+            arguments.append(loader.from_pretrained(pretrained_model_name_or_path, **{**kwargs, **extra}))
         return arguments

@@ -81,6 +81,11 @@ class StockProcessor:
         return self.placeholders["image"].repeated if "image" in self.placeholders else None
 
     @property
+    def media_tokens(self) -> tuple[str, ...]:
+        """The tokens that stand for media."""
+        return tuple(dict.fromkeys(token for pair in self.placeholders.values() for token in pair))
+
+    @property
     def sampling_rate(self) -> int | None:
         """Samples a second that sounds are decoded at; None for a model without sounds."""
         return self.processor.feature_extractor.sampling_rate if "audio" in self.media_kinds else None
@@ -161,6 +166,14 @@ class StockProcessor:
         batch = self.processor(**inputs, padding=len(rows) > 1, return_tensors="pt")
         self._check_counts(batch["input_ids"], rows)
         return {name: value for name, value in batch.items() if name not in _TEXT}
+
+    def frame_times(self, size: MediaSize) -> tuple[float, ...]:
+        """Stock models are not trained on videos yet: rows with one are left out before they get here."""
+        raise OptionError("a video for a stock model", expected="images or sounds", do="drop the row")
+
+    def encode_questions(self, conversations: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Tensor]:
+        """What media are asked about, for connectors that read it: no stock model that is trained has such a one."""
+        return {}
 
     def text_inputs(self, input_ids: TokenIds) -> dict[str, Tensor]:
         """What the model wants to be told about the tokens besides their ids."""

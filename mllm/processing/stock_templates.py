@@ -4,7 +4,7 @@ Most published templates do not say what the assistant speaks. We have a templat
 it only where it writes what the checkpoint's template writes, letter by letter, for a set of conversations.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -70,8 +70,8 @@ def trainable_template(
     Raises:
         OptionError: The choice does not fit the tokenizer, or there is nothing to go by.
     """
-    image_token = placeholders["image"].written if "image" in placeholders else None
-    candidates = dict(_templates(tokenizer, image_token))
+    written = {kind: token.written for kind, token in placeholders.items()}
+    candidates = dict(_templates(tokenizer, written))
     if choice is not None:
         template = candidates.get(choice) or _as_text(choice, tuple(candidates))
         return ChatTemplate(template.text, check_template(encoder(template.text, None), template.end_of_turn))
@@ -92,13 +92,13 @@ def trainable_template(
     )
 
 
-def _templates(tokenizer: PreTrainedTokenizerBase, image_token: str | None) -> Iterator[tuple[str, ChatTemplate]]:
+def _templates(tokenizer: PreTrainedTokenizerBase, written: Mapping[str, str]) -> Iterator[tuple[str, ChatTemplate]]:
     for name in STOCK_TEMPLATES:
         text = resources.files("mllm.processing").joinpath(f"templates/stock/{name}.jinja").read_text(encoding="utf-8")
         yield name, ChatTemplate(text, end_of_turn=None)
     for name in TEMPLATES:
         try:
-            yield name, named_template(tokenizer, name, image_token=image_token or "<image>")
+            yield name, named_template(tokenizer, name, placeholders=written)
         except OptionError:
             continue
 

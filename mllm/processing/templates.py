@@ -1,6 +1,7 @@
 """Chat templates by name, and the choice of one for a tokenizer. The texts are in `templates/*.jinja`."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 
@@ -50,7 +51,9 @@ class ChatTemplate:
     end_of_turn: str | None
 
 
-def choose_template(tokenizer: PreTrainedTokenizerBase, choice: str | None, *, image_token: str) -> ChatTemplate:
+def choose_template(
+    tokenizer: PreTrainedTokenizerBase, choice: str | None, *, placeholders: Mapping[str, str]
+) -> ChatTemplate:
     """Find the template to train and speak with.
 
     A name is one of `TEMPLATES`; a text with jinja statements is taken as it is. Without a choice it is the
@@ -61,7 +64,7 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, choice: str | None, *, i
         OptionError: The tokenizer lacks what the template writes, or nothing fits.
     """
     if choice in TEMPLATES:
-        return named_template(tokenizer, choice, image_token=image_token)
+        return named_template(tokenizer, choice, placeholders=placeholders)
     if choice is not None:
         if not marks_generation(choice):
             raise OptionError(
@@ -69,14 +72,14 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, choice: str | None, *, i
                 expected=f"one of {', '.join(TEMPLATES)}, or the text of a template with {{% generation %}} blocks",
                 do="choose a name, or mark what the assistant says by {% generation %} ... {% endgeneration %}",
             )
-        return ChatTemplate(_with_content(choice, image_token), end_of_turn=None)
+        return ChatTemplate(_with_content(choice, placeholders), end_of_turn=None)
     own = _own_template(tokenizer)
     if own is not None and marks_generation(own):
-        return ChatTemplate(_with_content(own, image_token), end_of_turn=None)
+        return ChatTemplate(_with_content(own, placeholders), end_of_turn=None)
     known = tokenizer.get_added_vocab()
     for name, template in TEMPLATES.items():
         if template.recognised_by in known:
-            return named_template(tokenizer, name, image_token=image_token)
+            return named_template(tokenizer, name, placeholders=placeholders)
     raise OptionError(
         "no chat_template was chosen, and the tokenizer brings none that marks what the assistant says",
         expected="a tokenizer with {% generation %} in its template, or with the control tokens of ChatML or Llama 3",
@@ -84,7 +87,7 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, choice: str | None, *, i
     )
 
 
-def named_template(tokenizer: PreTrainedTokenizerBase, name: str, *, image_token: str) -> ChatTemplate:
+def named_template(tokenizer: PreTrainedTokenizerBase, name: str, *, placeholders: Mapping[str, str]) -> ChatTemplate:
     """One of ours, if the tokenizer has every token that it writes.
 
     Raises:
@@ -103,7 +106,7 @@ def named_template(tokenizer: PreTrainedTokenizerBase, name: str, *, image_token
             do=f"choose another of {', '.join(TEMPLATES)}, or a language model of the {name} family",
         )
     text = _read(name)
-    text = _with_content(text, image_token) if template.flattens_content else text.replace("<image>", image_token)
+    text = _with_content(text, placeholders) if template.flattens_content else _with_tokens(text, placeholders)
     return ChatTemplate(text, end_of_turn)
 
 
@@ -117,9 +120,16 @@ def _own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return own.get("default") if isinstance(own, dict) else own
 
 
-def _with_content(text: str, image_token: str) -> str:
-    """Put `content.jinja` in front, so that a template made for strings takes lists with images, in stock code too."""
-    return _read("content").rstrip("\n").replace("<image>", image_token) + text
+def _with_content(text: str, placeholders: Mapping[str, str]) -> str:
+    """Put `content.jinja` in front, so that a template made for strings takes lists with media, in stock code too."""
+    return _with_tokens(_read("content").rstrip("\n"), placeholders) + text
+
+
+def _with_tokens(text: str, placeholders: Mapping[str, str]) -> str:
+    """A template of ours, which writes `<image>`, `<audio>` and `<video>`, with a model's own placeholders."""
+    for kind, token in placeholders.items():
+        text = text.replace(f"<{kind}>", token)
+    return text
 
 
 def _read(name: str) -> str:

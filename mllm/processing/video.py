@@ -1,6 +1,6 @@
 """Video files to upright RGB frames and the times at which they are shown."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,15 @@ from mllm.processing.containers import check_source, first_bytes, open_container
 from mllm.processing.decode_limit import with_time_limit
 from mllm.processing.files import media_name, signature
 from mllm.processing.images import MAX_PIXELS
-from mllm.processing.sampling import Sampling, sample_frames
 from mllm.processing.torchcodec_frames import torchcodec_frames
+from mllm.sizes.sampling import Sampling, nearest_frames, sample_frames
 
 MAX_FRAMES = 1_000_000
 MAX_SECONDS = 86_400.0
 MAX_CLIP_PIXELS = 500_000_000
 """Of all frames that one call returns."""
+LENGTH_SLACK = 0.1
+"""Seconds, or share of its length, by which a video may be shorter than whoever asks for its frames takes it for."""
 HEADER_SECONDS = 10.0
 DECODE_SECONDS = 60.0
 
@@ -31,8 +33,8 @@ class VideoHeader:
     Args:
         height: Of a frame as it is shown, in pixels: rotation applied.
         width: In pixels.
-        frames: How many; 0 if the header does not say.
-        seconds: Length; 0.0 if the header does not say.
+        frames: How many; counted where the header does not say (WebM, MKV, GIF).
+        seconds: Length; of the frames that were counted where the header does not say both.
         format: Such as "MP4".
         notes: What an audit would name.
     """
@@ -61,6 +63,9 @@ class VideoFrames:
 def video_header(source: Path | bytes, *, where: str = "", seconds: float = HEADER_SECONDS) -> VideoHeader:
     """Read a video's header, and one frame, which alone knows how it is turned.
 
+    Where the header does not say how many frames there are, or how long they last, the file is read to its end and
+    they are counted; nothing more is decoded.
+
     Args:
         source: The file, or its content.
         where: Names the row in errors.
@@ -78,7 +83,7 @@ def video_header(source: Path | bytes, *, where: str = "", seconds: float = HEAD
 def decode_video(
     source: Path | bytes,
     *,
-    sampling: Sampling,
+    sampling: Sampling | Sequence[float],
     start: float | None = None,
     end: float | None = None,
     where: str = "",
@@ -88,20 +93,20 @@ def decode_video(
 
     Args:
         source: The file, or its content.
-        sampling: The rule; it applies to the frames between `start` and `end`.
+        sampling: The rule, which applies to the frames between `start` and `end`; or the moments, in seconds from the
+            beginning of the file, whose nearest frames are wanted.
         start: First second; None for the beginning.
         end: Last second; None for the end.
         where: Names the row in errors.
         seconds: How long it may take.
 
     Raises:
-        MediaError: As `video_header`; or it ends before `start`, or the frames are too many for their size.
+        MediaError: As `video_header`; or it ends before `start` or a moment, or its frames are too many and too large.
     """
     name = media_name("video", source, where)
     check_source(source, name)
-    pixels, places, times = with_time_limit(
-        _read_frames, source, asdict(sampling), start, end, name, seconds=seconds, name=name
-    )
+    told = asdict(sampling) if isinstance(sampling, Sampling) else list(sampling)
+    pixels, places, times = with_time_limit(_read_frames, source, told, start, end, name, seconds=seconds, name=name)
     frames = [Image.fromarray(frame) for frame in pixels]
     return VideoFrames([frames[place] for place in places], [times[place] for place in places])
 
@@ -127,9 +132,24 @@ def _read_header(source: Path | bytes, name: str) -> dict[str, Any]:
             notes.append("non-square pixels")
         form = signature(first_bytes(source, name)) or container.format.name.split(",")[0].upper()
         height, width = (first.width, first.height) if is_turned else (first.height, first.width)
-        return {
-            "height": height, "width": width, "frames": frames, "seconds": seconds, "format": form, "notes": notes,
-        }  # fmt: skip
+    if not frames or not seconds:
+        frames, seconds = _counted(source, name)
+    return {
+        "height": height, "width": width, "frames": frames, "seconds": seconds, "format": form, "notes": notes,
+    }  # fmt: skip
+
+
+def _counted(source: Path | bytes, name: str) -> tuple[int, float]:
+    """How many frames there are, and how long they last, the last as long as is usual. Nothing is decoded."""
+    with open_container(source, name, "video") as container:
+        stream = container.streams.video[0]
+        ticks, _ = _packet_ticks(container, stream, name)
+        rate = stream.average_rate or stream.guessed_rate or 1
+        usual = float(np.median(np.diff(ticks)) * stream.time_base) if len(ticks) > 1 else 1 / float(rate)
+        seconds = float((ticks[-1] - ticks[0]) * stream.time_base) + usual
+        if seconds > MAX_SECONDS:
+            raise _too_long(name, f"{seconds:,.0f} seconds")
+        return len(ticks), seconds
 
 
 def _seconds(container: Any, stream: Any) -> float:
@@ -141,7 +161,7 @@ def _seconds(container: Any, stream: Any) -> float:
 
 
 def _read_frames(
-    source: Path | bytes, sampling: dict[str, Any], start: float | None, end: float | None, name: str
+    source: Path | bytes, sampling: dict[str, Any] | list[float], start: float | None, end: float | None, name: str
 ) -> tuple[np.ndarray, list[int], list[float]]:
     """Pixels of the frames that are needed, which of them stands at each place, and when they are shown."""
     with open_container(source, name, "video") as container:
@@ -152,7 +172,11 @@ def _read_frames(
         origin = (container.start_time or 0) / 1e6
         times = ticks * float(stream.time_base) - origin
         first, last = _interval(times, start, end, name)
-        picked = first + sample_frames(times[first:last], Sampling(**sampling))
+        if isinstance(sampling, list):
+            _check_length(times, max(sampling), _seconds(container, stream), name)
+            picked = first + nearest_frames(times[first:last], np.array(sampling))
+        else:
+            picked = first + sample_frames(times[first:last], Sampling(**sampling))
         wanted, places = np.unique(picked, return_inverse=True)
         if len(wanted) * stream.width * stream.height > MAX_CLIP_PIXELS:
             raise MediaError(
@@ -212,6 +236,18 @@ def _interval(times: np.ndarray, start: float | None, end: float | None, name: s
         first = max(last - 1, 0)
         last = first + 1
     return first, last
+
+
+def _check_length(times: np.ndarray, last: float, stated: float, name: str) -> None:
+    """Refuse a moment behind the end: whoever wants it takes the video for a longer one."""
+    usual = float(np.median(np.diff(times))) if len(times) > 1 else 1.0
+    length = max(float(times[-1]) + usual, stated)
+    if last > length + max(LENGTH_SLACK, LENGTH_SLACK * length):
+        raise MediaError(
+            f"{name} ends after {length:.2f} seconds, and a frame at {last:.2f} seconds is asked for",
+            expected="a row that states the length which the file has",
+            do="correct the row's `seconds` and `frames`, or leave them out",
+        )
 
 
 def _decode_at(container: Any, stream: Any, wanted: np.ndarray, keys: np.ndarray, name: str) -> Iterator[Any]:

@@ -19,7 +19,7 @@ BATCHING = ("random", "length", "packed")
 EXAMPLE = """
 example of a --config file, for a model that is composed here:
 
-  model: runs/mine/assembled          # or a mapping: image_encoder, language_model, connector, geometry, ...
+  model: runs/mine/assembled          # or a mapping: language_model, image: {encoder, connector, ...}, ...
   parts:
     image.encoder: frozen
     image.connector: {mode: full, learning_rate: 1.0e-3}

@@ -1,7 +1,6 @@
 """A plan: one YAML that assembles a model and trains it in stages, read and checked whole before anything starts."""
 
 import copy
-import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from mllm.assemble import assemble
+from mllm.assemble import assemble, assembly_options
+from mllm.assemble.mixed import encoder_paths
 from mllm.data.mixture_file import open_mixture
 from mllm.errors import OptionError
 from mllm.load import ADAPTER_CONFIG
@@ -18,8 +18,8 @@ from mllm.models.parts import check_options
 from mllm.training.arguments import SftArguments, build_arguments
 from mllm.training.checkpoint import FINAL
 
-PART_NAMES = ("image.encoder", "image.connector", "text")
-"""The parts of every model that `assemble` makes."""
+PART_NAMES = ("image.encoder", "image.connector", "audio.encoder", "audio.connector", "video.connector", "text")
+"""The parts of models that `assemble` makes, as far as they have these towers."""
 
 SETTLED = ("model", "output_dir", "resume_from_checkpoint")
 """Options of a stage that the plan settles."""
@@ -132,7 +132,7 @@ def read_plan(
             "model": str(begins), "data_root": str(root), "output_dir": str(output_dir / name)
         }  # fmt: skip
         arguments = build_arguments(options, where=where)
-        check_options(PART_NAMES, arguments.parts)
+        check_options(_part_names(document.get("model")), arguments.parts)
         stages.append(Stage(name, output_dir / name, begins, options, tuple(own), arguments, data=[]))
     return Plan(path, output_dir, model, tuple(_with_data(stage, progress) for stage in stages))
 
@@ -145,7 +145,7 @@ def _with_data(stage: Stage, progress: Callable[[int], Any] | None) -> Stage:
 def apply_change(document: dict[str, Any], change: str) -> None:
     """Set one value in a plan as read from YAML, in place.
 
-    `seed=1`, `model.image_encoder=DIR`, `stages.align.max_steps=10`, `stages.sft.parts.text.rank=8`: stages by their
+    `seed=1`, `model.image.encoder=DIR`, `stages.align.max_steps=10`, `stages.sft.parts.text.rank=8`: stages by their
     names, the value as YAML reads it. All but the last key have to be there; the last may be new, and is checked with
     the stage it ends up in.
 
@@ -221,26 +221,26 @@ def _read_model(model: Any, output_dir: Path, *, where: Path) -> tuple[dict[str,
                 do="correct `model`; a run leaves its model in OUTPUT_DIR/final",
             )
         return None, start
-    known = inspect.signature(assemble).parameters
-    needed = [name for name, parameter in known.items() if parameter.default is parameter.empty]
-    given = model if isinstance(model, dict) else {}
-    wrong = [f"unknown key {key!r}" for key in given if key not in known]
-    wrong += [f"no {key}" for key in needed if not given.get(key)]
-    if wrong:
-        raise OptionError(
-            f"model: {wrong[0]} in {where}",
-            expected=f"{', '.join(needed)}, and of {', '.join(key for key in known if key not in needed)} what "
-            "differs from the default",
-            do="correct the mapping under `model`",
-        )
-    for key in needed:
-        if _looks_local(given[key]) and not Path(given[key]).is_dir():
+    given = assembly_options(assemble, model if isinstance(model, dict) else {})
+    paths = [("language_model", given["language_model"])]
+    for kind in ("image", "audio"):
+        if given.get(kind):
+            paths += [(f"{kind}.encoder", path) for path in encoder_paths(given[kind]["encoder"])]
+    for key, path in paths:
+        if _looks_local(path) and not Path(path).is_dir():
             raise OptionError(
-                f"model: {key} = {given[key]!r} is not there",
+                f"model: {key} = {path!r} is not there",
                 expected="a directory (relative ones are relative to the current directory) or a Hub id",
                 do=f"correct it, or --set model.{key}=DIRECTORY",
             )
     return given, output_dir / "assembled"
+
+
+def _part_names(model: Any) -> tuple[str, ...]:
+    """The parts that can be trained: those of the towers there are, or all where the model is a directory."""
+    if not isinstance(model, dict):
+        return PART_NAMES
+    return tuple(name for name in PART_NAMES if name == "text" or model.get(name.split(".")[0]))
 
 
 def _looks_local(path: Any) -> bool:

@@ -81,7 +81,7 @@ class SampleAnswers(TrainerCallback):
         }
 
     def _answer(self, model: PreTrainedModel | PeftModel, asked: Example) -> str:
-        prompt = Prompt(asked.input_ids.tolist(), images=[])
+        prompt = Prompt(asked.input_ids.tolist())
         room = room_for_answer(model, prompt, max_new_tokens=LONGEST_ANSWER)
         config = generation_config(model, max_new_tokens=room, temperature=0.0)
         inputs = {

@@ -1,6 +1,5 @@
 """What has to be settled before the first step: the launch, the model to start from, the rows."""
 
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from transformers import PreTrainedModel, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.training_args import ParallelMode
 
-from mllm.assemble import assemble, assemble_checkpoint
+from mllm.assemble import assemble, assemble_checkpoint, assembly_options
 from mllm.checkpoints import atomic_directory, is_complete, read_complete
 from mllm.data.examples import Examples
 from mllm.data.mixture import Mixture
@@ -103,15 +102,7 @@ def assemble_once(directory: Path, options: dict[str, Any]) -> Path:
         OptionError: Unknown keys.
         CheckpointError: Another model stands there.
     """
-    known = tuple(inspect.signature(assemble).parameters)
-    wrong = [key for key in options if key not in known]
-    missing = [key for key in ("image_encoder", "language_model") if key not in options]
-    if wrong or missing:
-        raise OptionError(
-            f"model: {'unknown key ' + repr(wrong[0]) if wrong else 'no ' + missing[0]}",
-            expected=f"image_encoder, language_model, and of {', '.join(known[2:])} what differs from the default",
-            do="correct the mapping under `model`",
-        )
+    options = assembly_options(assemble, options)
     if is_complete(directory, kind="model"):
         before = (read_complete(directory) or {}).get("assembled_from")
         if before != options:
@@ -216,19 +207,19 @@ def encode_media(
     say: Callable[[str], Any],
     progress: Progress,
 ) -> CachedFeatures | None:
-    """Have what the frozen encoder gives for all media of the run in `feature_cache`, if there is to be one.
+    """Have what the frozen encoders give for all media of the run in `feature_cache`, if there is to be one.
 
     Raises:
         OptionError, MediaError, CheckpointError: As `check_cacheable` and `cache_features` do.
     """
     if args.feature_cache is None:
         return None
-    tower = check_cacheable(model, args.parts)
+    composed = check_cacheable(model, args.parts)
     assert isinstance(processor, MllmProcessor)  # as the model is ours
     return cache_features(
         Path(args.output_dir, args.feature_cache),
         examples,
-        tower,
+        composed,
         processor,
         device=args.device,
         autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,

@@ -35,8 +35,12 @@ from mllm.training.sharding import whole_copies
 from mllm.training.source_losses import SourceLosses, num_supervised, source_names, with_token_sources
 from mllm.training.validation import Validation
 
-MEDIA_INPUTS = ("pixel_values", "image_features", "input_features")
-"""Under these names a batch has its media."""
+MEDIA_INPUTS = {
+    "image": ("pixel_values", "image_features"),
+    "audio": ("input_features", "audio_features"),
+    "video": ("pixel_values_videos", "video_features"),
+}
+"""Under which names a batch has the media of each kind."""
 
 
 class MllmTrainer(Trainer):
@@ -98,7 +102,7 @@ class MllmTrainer(Trainer):
         self.aside: Path | None = None
         self.finished: Path | None = None
         """The checkpoint of the last step, where the run was stopped behind it."""
-        self.tower_parameters: list[torch.nn.Parameter] = []
+        self.tower_parameters: dict[str, list[torch.nn.Parameter]] = {kind: [] for kind in MEDIA_INPUTS}
         if validation is not None:
             self._add_validation(validation)
 
@@ -168,9 +172,10 @@ class MllmTrainer(Trainer):
                 learning_rate=self.args.learning_rate,
                 weight_decay=self.args.weight_decay,
             )
-            self.tower_parameters = [
-                parameter for group in groups if not group["name"].startswith("text/") for parameter in group["params"]
-            ]
+            self.tower_parameters = {
+                kind: [one for group in groups if group["name"].startswith(f"{kind}.") for one in group["params"]]
+                for kind in MEDIA_INPUTS
+            }
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = optimizer_class(groups, **settings)
         return self.optimizer
@@ -182,7 +187,7 @@ class MllmTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
-        """The model's loss; without media it is joined to the towers all the same, with a gradient of zero.
+        """The model's loss; without media of a kind it is joined to their tower all the same, with a gradient of zero.
 
         Several ranks do that in the forward (their collectives have to meet). One process has to come to the same end:
         a step without media is a step of zero for a tower, and not none at all; and where only a tower is trained,
@@ -200,8 +205,10 @@ class MllmTrainer(Trainer):
             self.finite_loss.check(self.accelerator, **self._step_in_work())
         # The gradients of all ranks are averaged, and each loss is already divided by the tokens of all.
         loss = outputs.loss * self.accelerator.num_processes
-        if self.args.world_size == 1 and not any(len(inputs.get(name, ())) for name in MEDIA_INPUTS):
-            loss = loss + sum(0.0 * parameter.sum() for parameter in self.tower_parameters)
+        if self.args.world_size == 1:
+            for kind, names in MEDIA_INPUTS.items():
+                if not any(len(inputs.get(name, ())) for name in names):
+                    loss = loss + sum(0.0 * parameter.sum() for parameter in self.tower_parameters[kind])
         return (loss, outputs) if return_outputs else loss
 
     def _step_in_work(self) -> dict[str, Any]:

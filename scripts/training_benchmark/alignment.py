@@ -61,7 +61,10 @@ def llava_spec(directory: Path, shape: str, num_rows: int) -> dict[str, Any]:
         parts = directory / f"parts-{shape}"
         save_parts(parts, SHAPES[shape], rows)
         assemble_checkpoint(
-            model, image_encoder=str(parts / "encoder"), language_model=str(parts / "llm"), chat_template="chatml"
+            model,
+            language_model=str(parts / "llm"),
+            image={"encoder": str(parts / "encoder")},
+            chat_template="chatml",
         )
     return _spec(model, rows, num_rows, batch_rows=16)
 
@@ -76,9 +79,8 @@ def digits_spec(directory: Path, num_scenes: int) -> dict[str, Any]:
         _run("scripts/train_digit_backbones.py", "--data", data, "--out", parts, *short)
         assemble_checkpoint(
             model,
-            image_encoder=str(parts / "encoder"),
             language_model=str(parts / "llm"),
-            feature_layer=-1,
+            image={"encoder": str(parts / "encoder"), "feature_layer": -1},
             chat_template="chatml",
         )
     return _spec(model, data / "places.jsonl", num_scenes, batch_rows=32)

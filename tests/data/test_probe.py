@@ -18,8 +18,8 @@ from mllm.data.probe import MediaFacts, probe_media
 from mllm.errors import MediaError
 from mllm.processing import images
 from mllm.processing.images import decode_image, image_size
-from mllm.processing.sampling import Sampling
 from mllm.processing.video import decode_video
+from mllm.sizes.sampling import Sampling
 
 files = runpy.run_path(str(Path(__file__).parents[1] / "media_files.py"))
 

@@ -50,17 +50,24 @@ def test_card_names_parts_and_data_of_every_stage(tmp_path):
     model, first, second = (tmp_path / name for name in ("model", "first", "second"))
     for directory in (model, first, second):
         directory.mkdir()
-    parts = {"image_encoder": "openai/clip-vit-large-patch14-336", "language_model": "/home/me/secret/vicuna"}
+    parts = {
+        "language_model": "/home/me/secret/vicuna",
+        "image": {"encoder": "openai/clip-vit-large-patch14-336", "connector": "mlp"},
+    }
     (model / "complete.json").write_text(json.dumps({"kind": "model", "assembled_from": parts}))
     captions = {"path": "/home/me/captions.jsonl", "rows": 558_128, "sha256": "0123456789abcdef"}
     chat = {"path": "/home/me/chat.jsonl", "rows": 7, "sha256": "fedcba9876543210"}
     for directory, parent, source in ((first, model, captions), (second, first, chat)):
         (directory / "run.json").write_text(json.dumps({"model": {"path": str(parent)}, "data": [source]}))
-    assert read_parts(second) == parts
+    assert read_parts(second) == {
+        "language_model": "/home/me/secret/vicuna",
+        "image.encoder": "openai/clip-vit-large-patch14-336",
+        "image.connector": "mlp",
+    }
     assert read_sources(second) == [chat, captions]
     write_card(tmp_path, second, REPORT, title="org/name")
     card = (tmp_path / CARD).read_text(encoding="utf-8")
-    assert yaml.safe_load(card.split("---")[1])["base_model"] == [parts["image_encoder"]]
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == [parts["image"]["encoder"]]
     assert "| captions.jsonl | 558,128 | 0123456789ab |" in card
     assert "| chat.jsonl | 7 | fedcba987654 |" in card
     assert "| vicuna |" in card and "/home/me" not in card

@@ -159,8 +159,8 @@ def test_options_without_such_a_value(assembled, tmp_path):
 
 
 def test_linear_connector_is_refused_with_a_remedy(tmp_path):
-    parts = save_tiny_parts(tmp_path / "tiny")
-    assemble_checkpoint(tmp_path / "model", **parts, connector="linear")
+    parts = save_tiny_parts(tmp_path / "tiny", image={"connector": "linear"})
+    assemble_checkpoint(tmp_path / "model", **parts)
     with pytest.raises(ExportError, match="not llava: its connector is 'linear'") as caught:
         export(tmp_path / "model", tmp_path / "out")
     assert "connector: mlp" in caught.value.do and "import mllm" in caught.value.do
@@ -185,7 +185,7 @@ def test_head_that_scales_is_refused(tmp_path):
 
 
 def test_every_obstacle_is_named(tmp_path):
-    model, processor = assemble(**save_tiny_parts(tmp_path), connector="linear")
+    model, processor = assemble(**save_tiny_parts(tmp_path, image={"connector": "linear"}))
     model.config.image_config.encoder_config.model_type = "siglip2_vision_model"
     with pytest.raises(ExportError, match="'linear'.*'siglip2_vision_model'"):
         find_target(model, processor)

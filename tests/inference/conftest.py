@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllm.testing import tiny_model
+from mllm.assemble import assemble
+from mllm.testing import save_tiny_parts, tiny_model
+from mllm.testing_sounds import save_tiny_audio_encoder
 
 
 @pytest.fixture(scope="session")
@@ -49,3 +51,23 @@ def conversations(picture):
         ],
         [{"role": "user", "content": [image(6)]}],
     ]
+
+
+@pytest.fixture(scope="session")
+def listener(tmp_path_factory):
+    """A model that reads images, sounds in windows of a second, and four frames of a video; and its processor.
+
+    What it hears and sees is scaled up, too, so that its answers differ.
+    """
+    root = tmp_path_factory.mktemp("listener")
+    parts = save_tiny_parts(root, encoder="siglip_vision_model")
+    model, processor = assemble(
+        **parts,
+        audio={"encoder": save_tiny_audio_encoder(root / "whisper"), "connector": "mlp"},
+        video={"connector": {"type": "mlp"}, "frames": "uniform:4"},
+    )
+    heard = (model.model.audio_tower.connector, model.model.video_tower.connector)
+    for module, factor in ((model.get_output_embeddings(), 20), *((connector, 4) for connector in heard)):
+        for parameter in module.parameters():
+            parameter.data *= factor
+    return model.eval(), processor

@@ -72,7 +72,8 @@ BAD_MESSAGES = {
     "no image key": ([{"type": "image"}], MediaError, "image 1 of the conversation given as NoneType"),
     "a number": ([{"type": "image", "image": 3}], MediaError, "image 1 of the conversation given as int"),
     "no type": ([{"text": "hi"}], RowError, "message 0: a content item"),
-    "another type": ([{"type": "audio", "audio": b""}], RowError, "message 0: a content item"),
+    "another type": ([{"type": "smell", "smell": b""}], RowError, "message 0: a content item"),
+    "a kind it does not read": ([{"type": "audio", "audio": b""}], RowError, "audio, which the model does not read"),
     "no list": (5, RowError, "message 0: content of type int"),
     "nothing": (None, RowError, "message 0: content of type NoneType"),
 }

@@ -16,7 +16,8 @@ from mllm.assemble import assemble_checkpoint
 from mllm.load import merged
 from mllm.models.modeling import MllmTower
 from mllm.testing import save_tiny_parts, save_tiny_rows
-from mllm.training.feature_cache import cache
+from mllm.testing_media import save_tiny_media_rows
+from mllm.training.feature_cache import encoding
 
 PARTS = {
     "linear": {"image.connector": "full"},
@@ -36,7 +37,7 @@ def mixed(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("connector", PARTS)
 def test_cached_equals_uncached(train, mixed, tmp_path, monkeypatch, connector):
-    model = assemble_checkpoint(tmp_path / "model", **save_tiny_parts(tmp_path), connector=connector)
+    model = assemble_checkpoint(tmp_path / "model", **save_tiny_parts(tmp_path, image={"connector": connector}))
     options = OPTIONS | {"model": str(model), "data": [str(mixed)], "parts": PARTS[connector]}
     train(tmp_path / "uncached", **options)
     calls = _count_calls(monkeypatch)
@@ -46,6 +47,51 @@ def test_cached_equals_uncached(train, mixed, tmp_path, monkeypatch, connector):
     assert calls == [1, 9, 1]
     for run in ("filling", "filled"):
         _assert_same_runs(tmp_path / "uncached", tmp_path / run)
+
+
+ALL_KINDS = {
+    "image": {"tiles": {"type": "llava_next", "max_tiles": 4}, "connector": "patch_merge"},
+    "audio": {"connector": {"type": "pool", "norm": True}},
+    "video": {"connector": {"type": "perceiver", "num_latents": 3, "depth": 1, "per": "item"}, "frames": "fps:2:2:8"},
+}
+TRAINED = {"image.connector": "full", "audio.connector": "full", "video.connector": "full"}
+
+
+@pytest.fixture(scope="module")
+def of_all_kinds(tmp_path_factory) -> dict:
+    """A model that reads tiles, sounds and videos, and rows of them."""
+    root = tmp_path_factory.mktemp("all_kinds")
+    model = assemble_checkpoint(root / "model", **save_tiny_parts(root, **ALL_KINDS))
+    rows = save_tiny_media_rows(root / "rows", ("itav", "", "vv", "a", "iai", "avi", "tt", "av"))
+    return OPTIONS | {"model": str(model), "data": [str(rows)], "parts": TRAINED}
+
+
+BATCHING = {
+    "length": {"batching": "length"},
+    "packed": {"batching": "packed", "pack_length": 120, "per_device_train_batch_size": 1},
+}
+
+
+@pytest.mark.parametrize("batching", BATCHING.values(), ids=BATCHING.keys())
+def test_cached_equals_uncached_for_tiles_sounds_and_videos(train, of_all_kinds, tmp_path, monkeypatch, batching):
+    options = of_all_kinds | batching
+    train(tmp_path / "uncached", **options)
+    calls = _count_calls(monkeypatch)
+    train(tmp_path / "filled", **options, feature_cache=str(tmp_path / "features"))
+    samples = calls[:3]
+    assert samples == [1, 1, 1] and len(calls) == 6, "a view of each kind to see its shape, and all of them once"
+    _assert_same_runs(tmp_path / "uncached", tmp_path / "filled")
+
+
+@pytest.mark.slow
+def test_two_cached_ranks_equal_one_for_tiles_sounds_and_videos(train, of_all_kinds, two_ranks, tmp_path):
+    train(tmp_path / "one", **of_all_kinds | {"per_device_train_batch_size": 4})
+    two_ranks(_train_two, train, tmp_path, of_all_kinds)
+    _assert_same_runs(tmp_path / "one", tmp_path / "two")
+
+
+def _train_two(train, root: Path, options: dict) -> None:
+    train(root / "two", **options, feature_cache=str(root / "features"))
 
 
 def test_two_cached_ranks_equal_one_uncached_process(train, lopsided_rows, two_ranks, tmp_path):
@@ -71,9 +117,9 @@ def _train_sharded(train, root: Path, options: dict) -> None:
     os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "DS_ACCELERATOR": "cpu"}
     os.environ |= {"ACCELERATE_DEEPSPEED_ZERO3_INIT": "true", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}
     del os.environ["ACCELERATE_USE_CPU"]
-    is_sharded, seen = cache._is_sharded, []
+    is_sharded, seen = encoding.is_sharded, []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache, "_is_sharded", lambda module: seen.append(is_sharded(module)) or seen[-1])
+        patch.setattr(encoding, "is_sharded", lambda module: seen.append(is_sharded(module)) or seen[-1])
         _train_cached(train, root, options)
     assert seen and all(seen)
 
@@ -100,13 +146,13 @@ def _losses(run: Path) -> torch.Tensor:
 
 
 def _count_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many images each call of an encoder reads."""
+    """How many views each call of an encoder reads."""
     calls: list[int] = []
     encode = MllmTower.encode
 
-    def counting(self: MllmTower, pixel_values: torch.Tensor) -> torch.Tensor:
-        calls.append(len(pixel_values))
-        return encode(self, pixel_values)
+    def counting(self: MllmTower, values: torch.Tensor, sizes: torch.Tensor | None = None) -> torch.Tensor:
+        calls.append(len(values))
+        return encode(self, values, sizes)
 
     monkeypatch.setattr(MllmTower, "encode", counting)
     return calls

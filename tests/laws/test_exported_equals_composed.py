@@ -21,9 +21,9 @@ COMPOSITIONS = {
     "gemma3_text, tied": {"llm": "gemma3_text", "tied": True},
     "vicuna": {"tokenizer": "llama2", "options": {"chat_template": "vicuna_v1"}},
     "plain": {"tokenizer": "gpt_neox", "options": {"chat_template": "plain"}},
-    "squashed": {"options": {"geometry": "squash"}},
-    "cropped": {"options": {"geometry": "crop"}},
-    "last layer, class token kept": {"options": {"feature_layer": -1, "feature_select": "full"}},
+    "squashed": {"image": {"geometry": "squash"}},
+    "cropped": {"image": {"geometry": "crop"}},
+    "last layer, class token kept": {"image": {"feature_layer": -1, "feature_select": "full"}},
 }
 SHORT_TYPES = ("bfloat16", "float16")
 

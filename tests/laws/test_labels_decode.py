@@ -51,7 +51,7 @@ def processor(request) -> MllmProcessor:
     tokenizer = _metaspace() if kind == "metaspace" else tiny_tokenizer(kind)
     add_placeholder(tokenizer, "<image>", num_rows=len(tokenizer) + 1)
     rule = ImageTokenRule(image_size=16, patch_size=8, num_prefix_tokens=1, feature_select="default")
-    return build_processor(tokenizer, CLIPImageProcessorPil(), rule=rule, chat_template=template)
+    return build_processor(tokenizer, CLIPImageProcessorPil(), rules={"image": rule}, chat_template=template)
 
 
 def _metaspace() -> PreTrainedTokenizerFast:

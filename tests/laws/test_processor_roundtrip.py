@@ -11,58 +11,64 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import (
-    AutoProcessor,
-    BaseVideoProcessor,
-    CLIPImageProcessorPil,
-    ProcessorMixin,
-    WhisperFeatureExtractor,
-)
+from transformers import AutoProcessor, CLIPImageProcessorPil, ProcessorMixin, WhisperFeatureExtractor
 
 from mllm.processing import MllmProcessor
 from mllm.processing.build import add_placeholder, build_processor
 from mllm.processing.geometry import GEOMETRIES
+from mllm.processing.media import MediaInput
 from mllm.sizes import ImageTokenRule
+from mllm.sizes.audio import AudioTokenRule
+from mllm.sizes.video import VideoTokenRule
 from mllm.testing import tiny_tokenizer
 
-EXTRAS = ("image_processor", "feature_extractor", "video_processor")
-SUBSETS = [subset for size in range(len(EXTRAS) + 1) for subset in itertools.combinations(EXTRAS, size)]
-RULE = ImageTokenRule(image_size=16, patch_size=8, num_prefix_tokens=1, feature_select="default")
+RULES = {
+    "image": ImageTokenRule(image_size=16, patch_size=8, num_prefix_tokens=1, feature_select="default"),
+    "audio": AudioTokenRule(sampling_rate=16_000, window=1600, features=25, samples_per_feature=64),
+    "video": VideoTokenRule("uniform:3", features=4, has_timestamps=True),
+}
+SUBSETS = [subset for size in range(len(RULES) + 1) for subset in itertools.combinations(RULES, size)]
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 33, 3), dtype=np.uint8))
+SOUND = np.random.default_rng(1).normal(size=2000).astype(np.float32)
+MEDIA = {
+    "image": MediaInput("image", PICTURE, (20, 33)),
+    "audio": MediaInput("audio", SOUND, (2000 / 16_000,)),
+    "video": MediaInput("video", [PICTURE, PICTURE.rotate(90), PICTURE], (20, 33, 10, 2.0)),
+}
 
 
 def _processor(subset, **options) -> MllmProcessor:
     tokenizer = tiny_tokenizer("qwen")
-    images = CLIPImageProcessorPil() if "image_processor" in subset else None
-    if images is not None:
-        add_placeholder(tokenizer, "<image>", num_rows=len(tokenizer) + 1)
-    processor = build_processor(tokenizer, images, rule=None if images is None else RULE, **options)
-    if "feature_extractor" in subset:
-        processor.feature_extractor = WhisperFeatureExtractor(feature_size=4, n_fft=64, hop_length=32)
-    if "video_processor" in subset:
-        processor.video_processor = _video_processor()
-    return processor
+    for number, kind in enumerate(subset, start=1):
+        add_placeholder(tokenizer, f"<{kind}>", num_rows=len(tokenizer) + number)
+    pixels, sounds = CLIPImageProcessorPil(), WhisperFeatureExtractor(feature_size=4, n_fft=64, hop_length=32)
+    return build_processor(
+        tokenizer,
+        pixels if "image_processor" in _components(subset) else None,
+        sounds if "feature_extractor" in _components(subset) else None,
+        rules={kind: RULES[kind] for kind in subset},
+        **options,
+    )
 
 
-def _video_processor() -> BaseVideoProcessor:
-    pytest.importorskip("torchvision", reason="transformers has no video processor without torchvision")
-    from transformers import LlavaOnevisionVideoProcessor
-
-    return LlavaOnevisionVideoProcessor()
+def _components(subset) -> list[str]:
+    has_pixels = "image" in subset or "video" in subset
+    return ["image_processor"] * has_pixels + ["feature_extractor"] * ("audio" in subset)
 
 
-def _conversation(processor) -> list[dict]:
-    content = [{"type": "text", "text": "Is there a <image> or 5?"}]
-    if processor.image_token is not None:
-        content.insert(0, {"type": "image"})
+def _conversation(subset) -> list[dict]:
+    content = [{"type": kind} for kind in subset]
+    content.append({"type": "text", "text": "Is there a <image> or 5?"})
     return [{"role": "user", "content": content}, {"role": "assistant", "content": "No."}]
 
 
-def _outputs(processor) -> list:
-    sizes = [(20, 33)] if processor.image_token is not None else []
-    pixels = processor.encode_images([PICTURE]).tolist() if sizes else None
-    stock_call = processor(text=["a 3 <image>" if sizes else "a 3"], images=[PICTURE] if sizes else None)
-    return [processor.encode_chat(_conversation(processor), media_sizes=sizes), pixels, stock_call["input_ids"]]
+def _outputs(processor, subset) -> list:
+    media = [MEDIA[kind] for kind in subset]
+    tensors = {name: tensor.tolist() for name, tensor in processor.encode_media(media).items()}
+    image = "image" in subset
+    stock_call = processor(text=["a 3 <image>" if image else "a 3"], images=[PICTURE] if image else None)
+    chat = processor.encode_chat(_conversation(subset), media_sizes=[item.size for item in media])
+    return [chat, tensors, stock_call["input_ids"]]
 
 
 @pytest.mark.parametrize("subset", SUBSETS, ids=lambda subset: "+".join(subset) or "text")
@@ -70,22 +76,22 @@ def test_loaded_is_saved(subset, tmp_path, caplog, recwarn):
     saved = _processor(subset)
     saved.save_pretrained(tmp_path)
     fields = json.loads((tmp_path / "processor_config.json").read_text())
-    assert {name for name in EXTRAS if name in fields} == set(subset)
+    assert [name for name in ("image_processor", "feature_extractor") if name in fields] == _components(subset)
     for load in (MllmProcessor.from_pretrained, AutoProcessor.from_pretrained):
         loaded = load(tmp_path)
         assert type(loaded) is MllmProcessor
-        assert loaded.get_attributes() == ["tokenizer", *(name for name in EXTRAS if name in subset)]
-        assert _outputs(loaded) == _outputs(saved)
+        assert loaded.get_attributes() == ["tokenizer", *_components(subset)]
+        assert _outputs(loaded, subset) == _outputs(saved, subset)
         assert loaded.to_dict() == saved.to_dict()
         assert repr(loaded) == repr(saved).replace("name_or_path=''", f"name_or_path={str(tmp_path)!r}")
-        assert loaded.image_token_rule == saved.image_token_rule
+        assert [loaded.rule(kind) for kind in subset] == [RULES[kind] for kind in subset]
     assert [record.getMessage() for record in caplog.records] == []
     assert [str(warning.message) for warning in recwarn] == []
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_geometry_is_recorded(geometry, tmp_path):
-    saved = _processor(("image_processor",), geometry=geometry)
+    saved = _processor(("image",), geometry=geometry)
     saved.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "processor_config.json").read_text())["image_geometry"] == geometry
     loaded = MllmProcessor.from_pretrained(tmp_path)
@@ -94,7 +100,7 @@ def test_geometry_is_recorded(geometry, tmp_path):
 
 
 def test_saving_twice_writes_the_same_files(tmp_path):
-    _processor(("image_processor",)).save_pretrained(tmp_path / "once")
+    _processor(("image",)).save_pretrained(tmp_path / "once")
     MllmProcessor.from_pretrained(tmp_path / "once").save_pretrained(tmp_path / "twice")
     for name in ("processor_config.json", "chat_template.jinja", "tokenizer.json"):
         assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "twice" / name).read_bytes()
@@ -102,7 +108,7 @@ def test_saving_twice_writes_the_same_files(tmp_path):
 
 def test_a_fresh_process_prints_nothing(tmp_path):
     """Also without torchvision, which is not there in our own environments."""
-    _processor(("image_processor",)).save_pretrained(tmp_path)
+    _processor(("image",)).save_pretrained(tmp_path)
     code = (
         "import sys\n"
         "from PIL import Image\n"

@@ -8,7 +8,7 @@ from mllm.data.collate import PaddingCollator
 from mllm.data.examples import Examples
 from mllm.data.mixture_file import open_mixture, read_mixture
 from mllm.errors import OptionError
-from mllm.sizes import num_image_tokens
+from mllm.sizes import num_tokens
 from mllm.testing import save_tiny_rows
 
 
@@ -23,9 +23,7 @@ def test_spans_are_whole_under_every_limit(assembled, tmp_path):
         examples = Examples(rows, processor, max_length=limit)
         assert examples.used.tolist() == [index for index, length in enumerate(lengths) if length <= limit]
         for example in (examples[index] for index in range(len(examples))):
-            expected = [
-                num_image_tokens(item.height, item.width, processor.image_token_rule) for item in example.row.media
-            ]
+            expected = [num_tokens((item.height, item.width), processor.rule("image")) for item in example.row.media]
             assert int(np.sum(example.input_ids == processor.image_token_id)) == sum(expected)
     batch = PaddingCollator(processor)([examples[index] for index in range(len(examples))])
     assert int((batch["input_ids"] == processor.image_token_id).sum()) == 4 * len(batch["pixel_values"])

@@ -92,24 +92,24 @@ def test_encoder_decoder_is_refused(tmp_path):
 
 def test_parts_that_are_not_there_or_the_wrong_way_round(tmp_path):
     paths = save_tiny_parts(tmp_path)
-    with pytest.raises(CompositionError, match="image_encoder = .*nowhere"):
-        assemble(**{**paths, "image_encoder": str(tmp_path / "nowhere")})
+    with pytest.raises(CompositionError, match="image.encoder = .*nowhere"):
+        assemble(**{**paths, "image": {"encoder": str(tmp_path / "nowhere")}})
     with pytest.raises(CompositionError, match="expected: an image encoder"):
-        assemble(image_encoder=paths["language_model"], language_model=paths["language_model"])
+        assemble(image={"encoder": paths["language_model"]}, language_model=paths["language_model"])
     with pytest.raises(CompositionError, match="language_model = .* is not a causal language model"):
-        assemble(image_encoder=paths["image_encoder"], language_model=paths["image_encoder"])
+        assemble(image=paths["image"], language_model=paths["image"]["encoder"])
 
 
 def test_options_that_do_not_fit(tmp_path):
     paths = save_tiny_parts(tmp_path, encoder="siglip_vision_model")
     with pytest.raises(CompositionError, match="no class token"):
-        assemble(**paths, feature_select="default")
+        assemble(**paths | {"image": paths["image"] | {"feature_select": "default"}})
     with pytest.raises(OptionError, match="pad"):
-        assemble(**paths, geometry="stretch")
+        assemble(**paths | {"image": paths["image"] | {"geometry": "stretch"}})
 
 
 def test_nothing_is_left_of_a_failed_assembly(tmp_path):
     paths = save_tiny_parts(tmp_path)
     with pytest.raises(OptionError):
-        assemble_checkpoint(tmp_path / "model", **paths, geometry="stretch")
+        assemble_checkpoint(tmp_path / "model", **paths | {"image": paths["image"] | {"geometry": "stretch"}})
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("model")]

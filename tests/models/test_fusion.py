@@ -10,7 +10,7 @@ from mllm.models.fusion import placeholder_mask, scatter_features
 def test_features_take_the_placeholders_in_order_of_appearance():
     ids = torch.tensor([[1, 9, 9, 2], [3, 4, 9, 9]])
     mask = placeholder_mask(ids, 9, num_features=4)
-    features = torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]])
+    features = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
     filled = scatter_features(torch.zeros(2, 4, 1), mask, features)
     assert filled.squeeze(-1).tolist() == [[0, 1, 2, 0], [0, 0, 3, 4]]
 

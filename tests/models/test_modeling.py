@@ -6,24 +6,26 @@ from transformers import AutoModelForImageTextToText
 
 from mllm.errors import OptionError, RowError
 from mllm.models import MllmConfig, MllmForConditionalGeneration, MllmTowerConfig
+from mllm.models.connectors import written_connector
+from mllm.sizes import ImageTokenRule, written_rule
 from mllm.testing import tiny_encoder, tiny_llm
 
 IMAGE = 299
 
 
-def build(*, encoder="clip_vision_model", llm="llama", tied=False, connector="mlp", **tower):
+def build(*, encoder="clip_vision_model", llm="llama", tied=False, connector="mlp"):
     encoder_config = tiny_encoder(encoder).config
     num_prefix = {"siglip_vision_model": 0}.get(encoder, 1)
+    rule = ImageTokenRule(16, 8, num_prefix, feature_select="default" if num_prefix else "full")
     config = MllmConfig(
         text_config=tiny_llm(llm, vocab_size=300, tied=tied).config,
         image_config=MllmTowerConfig(
             encoder_config=encoder_config,
-            connector_type=connector,
+            connector=written_connector(connector),
+            feature_sizes=[32],
             text_hidden_size=32,
-            num_prefix_tokens=num_prefix,
-            feature_select="default" if num_prefix else "full",
+            rule=written_rule(rule),
             placeholder_token_id=IMAGE,
-            **tower,
         ),
     )
     torch.manual_seed(2)

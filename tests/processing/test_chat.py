@@ -23,7 +23,7 @@ USER = {"role": "user", "content": "hi"}
 def _processor(kind="qwen", template=None):
     tokenizer = tiny_tokenizer(kind)
     add_placeholder(tokenizer, "<image>", num_rows=len(tokenizer) + 1)
-    return build_processor(tokenizer, CLIPImageProcessorPil(), rule=RULE, chat_template=template)
+    return build_processor(tokenizer, CLIPImageProcessorPil(), rules={"image": RULE}, chat_template=template)
 
 
 def _image(colour="red"):
@@ -216,9 +216,9 @@ def test_a_template_that_loses_images():
 
 
 def test_a_model_without_images_refuses_them():
-    processor = build_processor(tiny_tokenizer("qwen"), None, rule=None)
+    processor = build_processor(tiny_tokenizer("qwen"), rules={})
     assert processor.encode_chat([USER]).media == []
-    with pytest.raises(RowError, match="0 image placeholders"):
+    with pytest.raises(RowError, match="image, which the model does not read"):
         processor.encode_chat([{"role": "user", "content": [_image()]}], media_sizes=[(1, 1)])
 
 

@@ -67,7 +67,7 @@ def _page(template: str) -> str:
     tokenizer = tiny_tokenizer(PAIRS[template])
     add_placeholder(tokenizer, "<image>", num_rows=len(tokenizer) + 1)
     rule = ImageTokenRule(image_size=16, patch_size=8, num_prefix_tokens=1, feature_select="default")
-    processor = build_processor(tokenizer, CLIPImageProcessorPil(), rule=rule, chat_template=template)
+    processor = build_processor(tokenizer, CLIPImageProcessorPil(), rules={"image": rule}, chat_template=template)
     title = f"{template}, with the tiny {PAIRS[template]} tokenizer; an image is 4 tokens; '+' is trained on\n"
     parts = [title, *(_conversation(processor, name, messages) for name, messages in CONVERSATIONS.items())]
     return "\n".join(parts)

@@ -28,12 +28,6 @@ def test_an_image_processor_of_another_kind_is_called_itself():
     )
 
 
-def test_images_without_their_rule():
-    processor = MllmProcessor(_tokenizer(), CLIPImageProcessorPil(), patch_size=8)
-    with pytest.raises(OptionError, match="without image_size, num_prefix_tokens, feature_select"):
-        _ = processor.image_token_rule
-
-
 def test_no_chat_template():
     with pytest.raises(OptionError, match="a processor without a chat template"):
         MllmProcessor(_tokenizer()).encode_chat([USER])

@@ -24,7 +24,7 @@ def _processor(kind, template=None, *, own=None):
     tokenizer = tiny_tokenizer(kind)
     tokenizer.chat_template = own
     add_placeholder(tokenizer, "<image>", num_rows=len(tokenizer) + 1)
-    return build_processor(tokenizer, CLIPImageProcessorPil(), rule=RULE, chat_template=template)
+    return build_processor(tokenizer, CLIPImageProcessorPil(), rules={"image": RULE}, chat_template=template)
 
 
 @pytest.mark.parametrize(("kind", "end"), [("qwen", "<|im_end|>"), ("llama3", "<|eot_id|>")])
@@ -88,14 +88,14 @@ def test_tokenizer_without_an_end():
     tokenizer = tiny_tokenizer("qwen")
     tokenizer.eos_token = None
     with pytest.raises(OptionError, match="without an end-of-sequence token"):
-        named_template(tokenizer, "vicuna_v1", image_token="<image>")
+        named_template(tokenizer, "vicuna_v1", placeholders={"image": "<image>"})
 
 
 def test_the_placeholder_may_have_another_name():
     tokenizer = tiny_tokenizer("qwen")
     for name in TEMPLATES:
         if name != "llama3":
-            text = choose_template(tokenizer, name, image_token="<picture>").text
+            text = choose_template(tokenizer, name, placeholders={"image": "<picture>"}).text
             assert "<picture>" in text
             assert "<image>" not in text
 
@@ -124,7 +124,7 @@ def test_a_boundary_that_a_merge_crosses_is_refused():
     tokenizer = tiny_tokenizer("gpt_neox")
     tokenizer.add_tokens(list(TEMPLATES["llama3"].tokens), special_tokens=True)
     with pytest.raises(OptionError, match="tokens are not those in front of the answer"):
-        build_processor(tokenizer, None, rule=None, chat_template="llama3")
+        build_processor(tokenizer, rules={}, chat_template="llama3")
 
 
 def test_a_tokenizer_that_ends_every_text_is_refused():
@@ -134,7 +134,7 @@ def test_a_tokenizer_that_ends_every_text_is_refused():
         single="$A <|endoftext|>", special_tokens=[end]
     )
     with pytest.raises(OptionError, match="tokens are not those in front of the answer"):
-        build_processor(tokenizer, None, rule=None)
+        build_processor(tokenizer, rules={})
 
 
 def test_a_tokenizer_that_adds_a_bos_to_one_that_the_template_writes():
@@ -143,16 +143,16 @@ def test_a_tokenizer_that_adds_a_bos_to_one_that_the_template_writes():
     tokenizer.bos_token = None
     own = "{{- '<|begin_of_text|>' }}" + OWN.replace("] ' }}", "]\\n\\n' }}")
     with pytest.raises(OptionError, match=r"starts with two <\|begin_of_text\|>"):
-        build_processor(tokenizer, None, rule=None, chat_template=own)
+        build_processor(tokenizer, rules={}, chat_template=own)
 
 
 def test_placeholder_must_be_there():
     with pytest.raises(OptionError, match="add_placeholder"):
-        build_processor(tiny_tokenizer("qwen"), CLIPImageProcessorPil(), rule=RULE)
+        build_processor(tiny_tokenizer("qwen"), CLIPImageProcessorPil(), rules={"image": RULE})
 
 
 def test_generation_stops_at_the_end_of_turn_and_at_the_end_of_text():
     tokenizer = tiny_tokenizer("qwen")
     tokenizer.eos_token = "<|endoftext|>"
-    processor = build_processor(tokenizer, None, rule=None)
+    processor = build_processor(tokenizer, rules={})
     assert tokenizer.convert_ids_to_tokens(end_of_turn_ids(processor)) == ["<|im_end|>", "<|endoftext|>"]

@@ -10,9 +10,9 @@ from PIL import Image
 
 from mllm.errors import MediaError
 from mllm.processing import video
-from mllm.processing.sampling import Sampling, parse_sampling
 from mllm.processing.torchcodec_frames import torchcodec_frames, video_decoder_class
 from mllm.processing.video import decode_video, video_header
+from mllm.sizes.sampling import Sampling, parse_sampling
 
 files = runpy.run_path(str(Path(__file__).parents[1] / "media_files.py"))
 write_video, frame_number, turn, write_endless = (

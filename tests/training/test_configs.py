@@ -1,6 +1,5 @@
 """Every plan that is shipped parses, and trains two steps a stage on tiny parts of the same families."""
 
-import inspect
 import json
 import subprocess
 import sys
@@ -9,20 +8,28 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mllm.assemble import assemble, assemble_checkpoint
+from mllm.assemble import assemble, assemble_checkpoint, assembly_options
+from mllm.assemble.options import TOWERS, tower_options
+from mllm.assemble.tiles import tile_rule
 from mllm.load import load_model
-from mllm.testing import save_tiny_parts, save_tiny_rows
+from mllm.models.connectors import connector_options
+from mllm.testing import save_tiny_rows
 from mllm.training.arguments import parse_arguments
 
 ROOT = Path(__file__).parents[2]
 PLANS = sorted((ROOT / "train" / "configs").glob("*.yaml"))
+PUBLISHED = [plan for plan in PLANS if not plan.stem.startswith("quickstart")]
+RUN_APART = ("llava15", "siglip_qwen25")
 LLAVA, SIGLIP = (ROOT / "train" / "configs" / name for name in ("llava15.yaml", "siglip_qwen25.yaml"))
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda path: path.stem)
 def test_shipped_plan_parses(plan):
     document = yaml.safe_load(plan.read_text(encoding="utf-8"))
-    assert set(document["model"]) <= set(inspect.signature(assemble).parameters)
+    model = assembly_options(assemble, document["model"])
+    for tower in (tower_options(kind, model[kind]) for kind in TOWERS if kind in model):
+        connector_options(tower.connector)
+        tile_rule(getattr(tower, "tiles", None))
     for stage in document["stages"]:
         # `bf16: true` needs a GPU, or to be told that there is none.
         arguments = parse_arguments(["--config", str(plan), "--stage", stage["name"], "--use_cpu", "true"])
@@ -30,9 +37,9 @@ def test_shipped_plan_parses(plan):
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda path: path.stem)
-def test_shipped_plan_passes_a_dry_run(plan, tmp_path, train_by_hand):
+def test_shipped_plan_passes_a_dry_run(plan, tmp_path, train_by_hand, tiny_model_options):
     rows = save_tiny_rows(tmp_path / "rows")
-    model = assemble_checkpoint(tmp_path / "model", **save_tiny_parts(tmp_path))
+    model = assemble_checkpoint(tmp_path / "model", **tiny_model_options(tmp_path, plan))
     for stage in yaml.safe_load(plan.read_text(encoding="utf-8"))["stages"]:
         out = tmp_path / stage["name"]
         command = ["--config", plan, "--stage", stage["name"], "--model", model, "--data", f"[{rows}]"]
@@ -43,8 +50,8 @@ def test_shipped_plan_passes_a_dry_run(plan, tmp_path, train_by_hand):
         assert report["steps"]["total"] > 0 and report["memory"]["total"] > 0
 
 
-def test_llava15_trains_on_tiny_parts(tmp_path):
-    changes = tiny_changes(tmp_path, LLAVA, encoder="clip_vision_model", llm="llama", tokenizer="llama2")
+def test_llava15_trains_on_tiny_parts(tmp_path, tiny_changes):
+    changes = tiny_changes(tmp_path, LLAVA)
     command = [sys.executable, ROOT / "train" / "run.py", LLAVA, "--output_dir", tmp_path / "out", "--set", *changes]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
@@ -52,13 +59,20 @@ def test_llava15_trains_on_tiny_parts(tmp_path):
     assert "were not passed to `accelerate launch`" not in run.stderr
 
 
-def test_siglip_qwen25_trains_on_tiny_parts(tmp_path, run_plan):
-    changes = tiny_changes(tmp_path, SIGLIP, encoder="siglip_vision_model", llm="qwen2", tokenizer="qwen")
-    # Not in bfloat16: accelerate rebuilds a model's output with its fields in one dict, which our type checks refuse.
-    assert run_plan(SIGLIP, tmp_path / "out", *changes, "bf16=false") == ["align", "sft"]
+def test_siglip_qwen25_trains_on_tiny_parts(tmp_path, run_plan, tiny_changes):
+    assert run_plan(SIGLIP, tmp_path / "out", *tiny_changes(tmp_path, SIGLIP)) == ["align", "sft"]
     check(tmp_path / "out", names=["align", "sft"])
     adapter = json.loads((tmp_path / "out" / "sft" / "final" / "adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"]) == (128, 256, 0.05)
+
+
+@pytest.mark.parametrize("plan", PUBLISHED, ids=lambda path: path.stem)
+def test_plan_says_where_it_comes_from(plan):
+    """Its source, what differs from it, and a place in the table of plans."""
+    text = plan.read_text(encoding="utf-8").split("\nmodel:")[0]
+    assert "arXiv" in text and "github.com/" in text
+    assert "eviations" in text or "No published run is reproduced" in text or "not its run" in text
+    assert f"({'../train/configs/'}{plan.name})" in (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
 
 
 def test_sft_explains_itself_under_accelerate_launch():
@@ -67,19 +81,6 @@ def test_sft_explains_itself_under_accelerate_launch():
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("usage: train/sft.py") and "--learning_rate" in run.stdout
-
-
-def tiny_changes(directory: Path, plan: Path, **families: str) -> list[str]:
-    """What `--set` is told: other parts, rows and sizes, and nothing else."""
-    rows = save_tiny_rows(directory / "rows")
-    parts = save_tiny_parts(directory, **families)
-    changes = [f"model.{key}={path}" for key, path in parts.items()]
-    changes += ["use_cpu=true", "dataloader_num_workers=0"]
-    for stage in yaml.safe_load(plan.read_text(encoding="utf-8"))["stages"]:
-        path = f"stages.{stage['name']}"
-        changes += [f"{path}.data=[{rows}]", f"{path}.max_steps=2", f"{path}.per_device_train_batch_size=2"]
-        changes += [f"{path}.gradient_accumulation_steps=1"]
-    return changes
 
 
 def check(out: Path, *, names: list[str]) -> None:

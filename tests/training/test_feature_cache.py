@@ -21,7 +21,7 @@ from mllm.models.parts import PartOptions
 from mllm.testing import save_tiny_rows, tiny_model
 from mllm.training.feature_cache import CachedFeatures, cache, cache_features, check_cacheable, media, store
 from mllm.training.feature_cache.key import FeatureSpace
-from mllm.training.feature_cache.room import estimate_fill
+from mllm.training.feature_cache.room import Missing, estimate_fill
 
 NUM_ROWS = 6
 
@@ -49,7 +49,7 @@ def run(parts, path, tmp_path):
         features = cache_features(
             directory,
             examples,
-            options.pop("model", parts[0]).model.image_tower,
+            options.pop("model", parts[0]).model,
             processor,
             say=said.append,
             progress=lambda what, total: lambda count=1: done.update({what: count}),
@@ -65,11 +65,13 @@ def _encoded(parts, examples: Examples) -> torch.Tensor:
     model, processor = parts
     pixels = PaddingCollator(processor)([examples[number] for number in range(len(examples))])["pixel_values"]
     tower = model.model.image_tower
-    return tower.select_features(tower.encode(pixels)).detach()
+    return tower.encode(pixels).detach()
 
 
 def _read(features: CachedFeatures, examples: Examples) -> torch.Tensor:
-    return torch.cat([features.stack(list(features.of(examples[number]))) for number in range(len(examples))])
+    """The images of all rows."""
+    media = [list(features.of(examples[number])) for number in range(len(examples))]
+    return torch.cat([features.batch(row)["image_features"] for row in media])
 
 
 def test_what_is_read_is_what_the_encoder_gave_in_a_batch_of_the_same_size(run, parts):
@@ -128,14 +130,14 @@ def test_a_changed_file_is_encoded_anew(run, path, parts, monkeypatch):
 
 
 def test_only_a_file_that_has_rested_is_taken_as_read(run, monkeypatch):
-    read = media.read_medium
+    read = media.open_medium
     for settled, expected in ((media.SETTLED_NS, NUM_ROWS), (0, 0)):
         monkeypatch.setattr(media, "SETTLED_NS", settled)
         run()
         reads: list[object] = []
-        monkeypatch.setattr(media, "read_medium", lambda item, reads=reads: reads.append(item) or read(item))
+        monkeypatch.setattr(media, "open_medium", lambda item, reads=reads: reads.append(item) or read(item))
         run()
-        monkeypatch.setattr(media, "read_medium", read)
+        monkeypatch.setattr(media, "open_medium", read)
         assert len(reads) == expected
 
 
@@ -200,7 +202,7 @@ def test_two_processes_fill_one_directory(run, parts):
         child.join(60)
     assert [child.exitcode for child in children] == [0, 0]
     features, examples, _, num_encoded = run()
-    assert num_encoded == 0 and len(features.store.shards) == 2
+    assert num_encoded == 0 and len(features.stores["image"].shards) == 2
     torch.testing.assert_close(_read(features, examples), _encoded(parts, examples), rtol=0, atol=1e-6)
 
 
@@ -244,12 +246,13 @@ def test_a_disk_that_fills_up_is_told_and_what_was_written_stays(run, monkeypatc
 def test_the_estimate_is_what_is_written(run, tmp_path):
     features, _, said, _ = run()
     files = [path for path in (tmp_path / "features").glob("*/*") if path.suffix in (".features", ".index")]
-    header = len(json.dumps(store._header(features.store.space))) + 1
-    estimate = estimate_fill(tmp_path, features.store.space, num_media=6, num_missing=6)
+    space = features.stores["image"].space
+    header = len(json.dumps(store._header(space))) + 1
+    estimate = estimate_fill(tmp_path, [Missing(space, num_media=6, num_views=6)], num_media=6)
     assert sum(path.stat().st_size for path in files) - header == estimate.num_bytes
     # CLIP-L of 336 pixels: 24 x 24 patches of width 1024, two bytes each.
     large = FeatureSpace({}, 576, 1024, torch.bfloat16)
-    assert estimate_fill(tmp_path, large, num_media=1, num_missing=1).num_bytes == 576 * 1024 * 2 + 36
+    assert estimate_fill(tmp_path, [Missing(large, 1, 5)], num_media=1).num_bytes == 5 * (576 * 1024 * 2 + 36)
 
 
 @pytest.mark.parametrize("damage", ["a bit", "the end", "the first line"])

@@ -15,8 +15,9 @@ from mllm.data.schema import MediaItem
 from mllm.models.modeling import MllmTower
 from mllm.processing import MllmProcessor
 from mllm.testing import tiny_model
+from mllm.training.feature_cache import ingredients
 from mllm.training.feature_cache import key as key_module
-from mllm.training.feature_cache.key import FeatureSpace, image_space
+from mllm.training.feature_cache.key import FeatureSpace, feature_space
 
 
 @dataclass
@@ -28,17 +29,18 @@ class Made:
     features: torch.Tensor
     autocast: torch.dtype | None = None
     content: bytes = b"1" * 32
+    view: str = "0"
     item: MediaItem = MediaItem("image", Path("a.png"), 10, 10)
 
     @property
     def space(self) -> FeatureSpace:
-        return image_space(
-            self.tower.encoder, self.tower.config, self.processor, features=self.features, autocast=self.autocast
+        return feature_space(
+            self.item.kind, self.tower, self.processor, features=self.features, autocast=self.autocast
         )
 
     @property
     def key(self) -> bytes:
-        return self.space.key(self.content, self.item)
+        return self.space.key(self.content, self.item, self.view)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def parts(tmp_path_factory) -> tuple:
 def made(parts) -> Made:
     _, model, processor = copy.deepcopy(parts)
     tower = model.model.image_tower
-    return Made(tower, processor, tower.select_features(tower.encode(tower.native_zeros())).detach())
+    return Made(tower, processor, tower.encode(tower.native_zeros()).detach())
 
 
 def _set(path: str, value: Any) -> Callable[[Made, pytest.MonkeyPatch], Any]:
@@ -81,25 +83,22 @@ def _codec(made: Made, patch: pytest.MonkeyPatch) -> None:
 CHANGES: dict[str, Callable[[Made, pytest.MonkeyPatch], Any]] = {
     "content": _set("content", b"2" * 32),
     "kind": _set("item", MediaItem("video", Path("a.png"), 10, 10)),
+    "view": _set("view", "1"),
     "start": _set("item", MediaItem("image", Path("a.png"), 10, 10, start=1.0)),
     "end": _set("item", MediaItem("image", Path("a.png"), 10, 10, end=1.0)),
     "colours": _set("processor.image_processor.image_mean", [0.0, 0.0, 0.0]),
     "filter": _set("processor.image_processor.resample", 0),
     "padding": _set("processor.image_processor.do_pad", False),
     "size": _set("processor.image_processor.crop_size", {"height": 8, "width": 8}),
-    "image_size": _set("processor.image_size", 8),
-    "patch_size": _set("processor.patch_size", 4),
-    "prefix": _set("processor.num_prefix_tokens", 2),
-    "tokens kept": _set("processor.feature_select", "full"),
     "geometry": _set("processor.image_geometry", "crop"),
     "pillow": lambda made, patch: patch.setattr(PIL, "__version__", "0.1"),
     "codec": _codec,
-    "transformers": lambda made, patch: patch.setattr(key_module.transformers, "__version__", "0.1"),
-    "our code": lambda made, patch: patch.setattr(key_module, "code_digest", lambda: "another"),
+    "transformers": lambda made, patch: patch.setattr(ingredients.transformers, "__version__", "0.1"),
+    "our code": lambda made, patch: patch.setattr(ingredients, "code_digest", lambda kind: "another"),
     "weights": _one_weight,
     "encoder": _set("tower.config.encoder_config.layer_norm_eps", 1e-3),
     "layer": _set("tower.config.feature_layer", 1),
-    "select": _set("tower.config.feature_select", "full"),
+    "select": lambda made, _: made.tower.config.rule.update(feature_select="full"),
     "dtype": lambda made, _: setattr(made, "features", made.features.bfloat16()),
     "shape": lambda made, _: setattr(made, "features", made.features[:, 1:]),
     "device": lambda made, _: setattr(made, "features", made.features.to("meta")),

@@ -127,7 +127,7 @@ def test_plan_killed_in_its_second_stage_goes_on_bit_for_bit(world, finished, tm
         ("stages.sft.weight_decay=0.1", "stage 'sft'.*weight_decay = None, now 0.1"),
         ("stages.more.data=[{path: rows/rows.jsonl, first: 4}]", r"stage 'more'.*other data: .*rows\.jsonl"),
         ("seed=4", "stage 'align'.*seed = 3, now 4"),
-        ("model.connector=linear", "assembled from"),
+        ("model.image.connector=linear", "assembled from"),
     ],
 )
 def test_changed_plan_is_refused_and_nothing_touched(world, finished, run_plan, change, named):
@@ -168,7 +168,7 @@ def test_stage_is_refused_after_the_one_before_was_trained_anew(world, finished,
         ("stages.sft.lerning_rate=1", "unknown option 'lerning_rate' in .*stage 'sft'"),
         ("modle=1", "unknown option 'modle'"),
         ("model.image_encodr=x", "unknown key 'image_encodr'"),
-        ("model.image_encoder=/not/there", "image_encoder = '/not/there' is not there"),
+        ("model.image.encoder=/not/there", "image.encoder = '/not/there' is not there"),
         ("model=not/there", "holds no checkpoint"),
         ("stages.sft.name=align", "'align', which is taken"),
         ("stages.sft.name=../sft", "has the name '../sft'"),
@@ -201,14 +201,17 @@ def test_directory_of_something_else_is_refused(world, tmp_path, run_plan):
 
 
 def test_changes_find_stages_by_name_and_parts_by_their_dotted_names():
-    plan = {"model": {}, "stages": [{"name": "a"}, {"name": "b", "parts": {"image.connector": {"mode": "full"}}}]}
+    plan = {
+        "model": {"image": {}},
+        "stages": [{"name": "a"}, {"name": "b", "parts": {"image.connector": {"mode": "full"}}}],
+    }
     apply_change(plan, "seed=1")
-    apply_change(plan, "model.image_encoder=dir/encoder")
+    apply_change(plan, "model.image.encoder=dir/encoder")
     apply_change(plan, "stages.a.data=[x.jsonl, {path: y.jsonl, first: 2}]")
     apply_change(plan, "stages.b.parts.image.connector.learning_rate=1.0e-3")
     apply_change(plan, "stages.b.parts.image.encoder=lora")
     assert plan == {
-        "model": {"image_encoder": "dir/encoder"},
+        "model": {"image": {"encoder": "dir/encoder"}},
         "seed": 1,
         "stages": [
             {"name": "a", "data": ["x.jsonl", {"path": "y.jsonl", "first": 2}]},

@@ -24,9 +24,9 @@ from mllm.processing.audio import decode_audio
 from mllm.processing.build import build_processor
 from mllm.processing.control import add_placeholder
 from mllm.processing.images import decode_image
-from mllm.processing.sampling import Sampling
 from mllm.processing.video import decode_video
 from mllm.sizes import ImageTokenRule
+from mllm.sizes.sampling import Sampling
 
 STAND_IN = ImageTokenRule(image_size=336, patch_size=14, num_prefix_tokens=1, feature_select="default")
 """What images become where a tokenizer comes without an encoder: the 576 tokens of LLaVA-1.5."""

@@ -179,7 +179,7 @@ def _text_tokens(
     chat: EncodedChat, roles: Sequence[str], processor: TrainingProcessor, start: int, end: int
 ) -> list[Token]:
     tokenizer = processor.tokenizer
-    names = control_tokens(tokenizer, processor.image_token, processor.end_of_turn_token)
+    names = control_tokens(tokenizer, *processor.media_tokens, processor.end_of_turn_token)
     special = set(tokenizer.convert_tokens_to_ids(names))
     tokens: list[Token] = []
     first = start

@@ -15,8 +15,8 @@ from mllm.errors import MediaError
 from mllm.processing import MllmProcessor
 from mllm.processing.audio import decode_audio
 from mllm.processing.images import decode_image
-from mllm.processing.sampling import Sampling
 from mllm.processing.video import decode_video
+from mllm.sizes.sampling import Sampling
 
 SIDE = 168
 FRAMES = 4

@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from mllm.data.indexing.index import RowIndex
 from mllm.data.schema import MEDIA_KINDS
 from mllm.processing import TrainingProcessor
-from mllm.sizes import LONGEST_SOUND, MediaSize
+from mllm.sizes import LONGEST_SOUND
 
 # How often longer than before a text can be, in UTF-8, behind each part of a normalizer. NFC has a column of its own.
 _GROWTH = {
@@ -33,7 +33,7 @@ def token_bounds(index: RowIndex, processor: TrainingProcessor) -> np.ndarray:
     index knows by how much; for other normalizers the worst case is assumed. A blank that is put in front of a text is
     one token more for each stretch between two special tokens. Around the words a template writes a text of its own:
     we take the longest it writes for any message, once for every message and once more, and each byte of it twice,
-    which leaves room for those blanks. An image counts as its rule says. Boxes can grow with their numbers.
+    which leaves room for those blanks. Media count as their rules say. Boxes can grow with their numbers.
 
     This supposes of a template that is not ours that it writes no text twice, and for a later message no more of its
     own than for the first ones.
@@ -49,16 +49,15 @@ def token_bounds(index: RowIndex, processor: TrainingProcessor) -> np.ndarray:
 
 
 def media_tokens(index: RowIndex, processor: TrainingProcessor, *, around: int = 0) -> np.ndarray:
-    """The tokens that the media of every row become, and `around` more for each item."""
-    rows, kinds, heights, widths = index.media_columns("kind", "height", "width")
+    """The tokens that the media of every row become, of sounds and videos at most; and `around` more for each item."""
+    rows, *columns = index.media_columns("kind", "height", "width", "seconds", "start", "end")
     if not processor.media_kinds or not len(rows):
         return np.zeros(len(index), np.int64)
     # One number for each size: sorting rows of an array takes seconds.
-    packed = (kinds.astype(np.int64) << 60) + (heights.astype(np.int64) << 30) + widths
-    sizes, which = np.unique(packed, return_inverse=True)
+    sizes, which = np.unique(_packed(*columns), return_inverse=True)
     # A row with media of other kinds is refused. A template may write a newline behind a placeholder.
     tokens = [
-        processor.most_tokens(_size_of(kind, (size >> 30) & _SIDE, size & _SIDE)) + around
+        _most_tokens(processor, kind, (size >> 30) & _SIDE, size & _SIDE) + around
         if (kind := MEDIA_KINDS[size >> 60]) in processor.media_kinds
         else 0
         for size in sizes.tolist()
@@ -66,9 +65,26 @@ def media_tokens(index: RowIndex, processor: TrainingProcessor, *, around: int =
     return np.bincount(rows, np.array(tokens)[which], minlength=len(index)).astype(np.int64)
 
 
-def _size_of(kind: str, height: int, width: int) -> MediaSize:
-    """A sound is taken for the longest that a model reads: it may have `start` and `end`."""
-    return (LONGEST_SOUND,) if kind == "audio" else (height, width)
+def _packed(kinds: np.ndarray, heights: np.ndarray, widths: np.ndarray, *cuts: np.ndarray) -> np.ndarray:
+    """Kind and size of each item in one number: sides of an image, whole seconds of what is cut of anything else.
+
+    Seconds are rounded up, so that there are few sizes: a longer sound or video has no fewer tokens.
+    """
+    lengths, starts, ends = cuts
+    seconds = np.fmin(lengths, ends) - np.nan_to_num(starts)
+    is_image = kinds == MEDIA_KINDS.index("image")
+    upper = np.where(is_image, heights, 0).astype(np.int64)
+    lower = np.where(is_image, widths, np.ceil(seconds.clip(0, _SIDE))).astype(np.int64)
+    return (kinds.astype(np.int64) << 60) + (upper << 30) + lower
+
+
+def _most_tokens(processor: TrainingProcessor, kind: str, upper: int, lower: int) -> int:
+    if kind == "image":
+        return processor.most_tokens((upper, lower))
+    if kind == "video":
+        return processor.most_tokens((0, 0, 0, float(lower)))  # its frames are those that its rule takes at most
+    # Rounded up, a sound may be longer than the longest that the model reads.
+    return processor.most_tokens((float(lower),)) or processor.most_tokens((LONGEST_SOUND,))
 
 
 def _template_bytes(processor: TrainingProcessor) -> tuple[int, int]:

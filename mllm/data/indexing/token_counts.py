@@ -95,7 +95,7 @@ def fingerprint(processor: TrainingProcessor) -> str:
         "tokenizer": {key: value for key, value in backend.items() if key not in ("padding", "truncation")},
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "template": processor.chat_template,
-        "tokens": [processor.image_token, processor.end_of_turn_token],
+        "tokens": [*processor.media_tokens, processor.end_of_turn_token],
         "images": processor.media_rule(),
         "geometry": processor.image_geometry,
     }

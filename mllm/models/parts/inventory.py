@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mllm.models.configuration import MllmConfig
-from mllm.models.encoders import encoder_family
+from mllm.models.encoders import unused_parameters
 from mllm.models.stock_parts import stock_parts
 
 
@@ -82,9 +82,9 @@ def _composed_parts(model: PreTrainedModel) -> dict[str, Part]:
     parts = {}
     for modality, tower in model.model.towers.items():
         root = f"model.{modality}_tower"
-        family = encoder_family(tower.encoder.config.model_type, where=f"{root}.encoder")
-        unused = tuple(f"{root}.encoder.{prefix}" for prefix in family.unused)
-        parts[f"{modality}.encoder"] = Part(f"{modality}.encoder", (f"{root}.encoder",), unused)
+        if tower.encoder is not None:
+            unused = tuple(f"{root}.encoder.{prefix}" for prefix in unused_parameters(tower.encoder.config))
+            parts[f"{modality}.encoder"] = Part(f"{modality}.encoder", (f"{root}.encoder",), unused)
         parts[f"{modality}.connector"] = Part(f"{modality}.connector", (f"{root}.connector",))
     parts["text"] = Part("text", ("model.language_model", "lm_head"))
     return parts

@@ -2,8 +2,8 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,15 @@ from torch import nn
 from mllm.data.examples import Examples
 from mllm.data.left_out import BAD, LeftOut
 from mllm.data.quarantine import Bad
-from mllm.errors import MediaError, MllmError, OptionError
-from mllm.models import MllmForConditionalGeneration
+from mllm.errors import MediaError, MllmError, OptionError, RowError
+from mllm.models import MllmForConditionalGeneration, MllmModel
 from mllm.models.modeling import MllmTower
 from mllm.models.parts import PartOptions
 from mllm.processing import MllmProcessor
-from mllm.shapes import Float, Pixels, Tensor
-from mllm.training.feature_cache.features import CachedFeatures, of_row
-from mllm.training.feature_cache.fill import BATCH, Problems, Wanted, fill
-from mllm.training.feature_cache.key import image_space
+from mllm.training.feature_cache.encoding import encoder_of, ready
+from mllm.training.feature_cache.features import CachedFeatures, Places, of_row
+from mllm.training.feature_cache.fill import BATCH, Encode, Problems, Wanted, fill
+from mllm.training.feature_cache.key import feature_space, view_names
 from mllm.training.feature_cache.media import (
     Content,
     RunMedia,
@@ -35,7 +35,7 @@ from mllm.training.feature_cache.media import (
     read_manifest,
     write_manifest,
 )
-from mllm.training.feature_cache.room import check_room, estimate_fill
+from mllm.training.feature_cache.room import Missing, check_room, estimate_fill
 from mllm.training.feature_cache.store import FeatureStore, ShardWriter
 
 VISIBLE_AFTER = (0, 1, 2, 4, 8, 16)
@@ -44,34 +44,55 @@ VISIBLE_AFTER = (0, 1, 2, 4, 8, 16)
 Progress = Callable[[str, int | None], Callable[..., Any]]
 """Called with what is done and how often; gives what to call each time, or with how many times."""
 
+Keys = list[tuple[bytes, ...]]
+"""Of each medium of a run the keys of its views; none for what could not be read."""
 
-def check_cacheable(model: nn.Module, parts: Mapping[str, PartOptions]) -> MllmTower:
-    """The tower whose features can be cached.
+
+@dataclass
+class Source:
+    """One kind of media, and where its features come from.
+
+    Args:
+        tower: The one whose encoder sees them.
+        encode: Calls it.
+        store: Where they lie.
+        wanted: What is not there yet.
+    """
+
+    tower: MllmTower
+    encode: Encode
+    store: FeatureStore
+    wanted: list[Wanted] = field(default_factory=list)
+
+
+def check_cacheable(model: nn.Module, parts: Mapping[str, PartOptions]) -> MllmModel:
+    """The model whose encoders' features can be cached.
 
     Raises:
-        OptionError: The model has none, or its encoder is trained.
+        OptionError: It is not ours, or one of its encoders is trained.
     """
     plain = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not isinstance(plain, MllmForConditionalGeneration) or "image" not in plain.model.towers:
+    if not isinstance(plain, MllmForConditionalGeneration):
         raise OptionError(
-            f"feature_cache, and the model is a {type(plain).__name__} without an image tower of ours",
-            expected="a model that `assemble` made, with an image encoder",
+            f"feature_cache, and the model is a {type(plain).__name__}",
+            expected="a model that `assemble` made",
             do="leave `feature_cache` out",
         )
-    mode = parts.get("image.encoder", PartOptions()).mode
-    if mode != "frozen":
-        raise OptionError(
-            f"feature_cache, and parts: image.encoder = {mode}",
-            expected="a frozen encoder: features of one that is trained are others at every step",
-            do="set `image.encoder: frozen`, or leave `feature_cache` out",
-        )
-    return plain.model.image_tower
+    for kind, tower in plain.model.towers.items():
+        mode = parts.get(f"{kind}.encoder", PartOptions()).mode
+        if tower.encoder is not None and mode != "frozen":
+            raise OptionError(
+                f"feature_cache, and parts: {kind}.encoder = {mode}",
+                expected="a frozen encoder: features of one that is trained are others at every step",
+                do=f"set `{kind}.encoder: frozen`, or leave `feature_cache` out",
+            )
+    return plain.model
 
 
 def cache_features(
     directory: Path,
     examples: Examples,
-    tower: MllmTower,
+    model: MllmModel,
     processor: MllmProcessor,
     *,
     device: torch.device | str = "cpu",
@@ -86,12 +107,12 @@ def cache_features(
     Args:
         directory: Of the cache, the same for all ranks; other runs may use it at the same time.
         examples: The rows. Those with media that cannot be decoded are accounted as in training.
-        tower: Its encoder is frozen.
-        processor: Decides the pixels.
+        model: Its encoders are frozen.
+        processor: Makes the encoders' inputs.
         device: Where to encode.
-        autocast: The type of mixed precision that the encoder runs in during training, if it does.
+        autocast: The type of mixed precision that the encoders run in during training, if they do.
         num_workers: Processes that decode.
-        batch_size: Media encoded at once; the tower's `encoder_chunk`, or else 32.
+        batch_size: Views encoded at once; the towers' `encoder_chunk`, or else 32.
         say: Told what will be written.
         progress: Shows how far it is.
 
@@ -100,35 +121,41 @@ def cache_features(
         MediaError: Media are bad, where their source has `on_bad: error`, or too many.
         CheckpointError: A file of the cache is damaged.
     """
-    batch_size = batch_size or tower.encoder_chunk or BATCH
     media = find_media(examples, progress=progress("looking for media", len(examples)))
     contents = _read_contents(directory, examples, media, progress)
-    with _whole(tower.encoder), _alone(tower):
-        encode = _encoder(tower, device=device, autocast=autocast)
-        sample = encode(tower.native_zeros())
-        space = image_space(tower.encoder, tower.config, processor, features=sample, autocast=autocast)
-        store = FeatureStore(directory, space)
-        wanted = _missing(media, contents, store)
-        estimate = estimate_fill(directory, space, num_media=len(media.items), num_missing=len(wanted))
-        say(f"feature cache {directory}: {estimate}")
-        check_room(directory, estimate)
-        if PartialState().is_main_process:
-            write_manifest(manifest_path(directory, examples), media.items, contents)
-        with ShardWriter(directory, space) as writer:
-            problems = fill(
-                _share(wanted),
+    sources = {
+        kind: _source(kind, model, processor, directory, device=device, autocast=autocast) for kind in model.towers
+    }
+    keys = _keys(media, contents, sources, processor)
+    _find_missing(media, contents, keys, sources)
+    missing = [
+        Missing(one.store.space, len(one.wanted), sum(len(item.missing) for item in one.wanted))
+        for one in sources.values()
+    ]
+    estimate = estimate_fill(directory, missing, num_media=len(media.items))
+    say(f"feature cache {directory}: {estimate}")
+    check_room(directory, estimate)
+    if PartialState().is_main_process:
+        write_manifest(manifest_path(directory, examples), media.items, contents)
+    bar = progress("encoding media", sum(len(_share(one.wanted)) for one in sources.values()))
+    problems: Problems = {}
+    for source in sources.values():
+        with ready(source.tower), ShardWriter(directory, source.store.space) as writer:
+            problems |= fill(
+                _share(source.wanted),
                 writer,
-                encode=encode,
+                encode=source.encode,
                 processor=processor,
                 num_workers=num_workers,
-                batch_size=batch_size,
-                progress=progress("encoding media", len(_share(wanted))),
+                batch_size=batch_size or source.tower.encoder_chunk or BATCH,
+                progress=bar,
             )
     problems = _spread(problems)
     problems |= {number: found for number, found in enumerate(contents) if isinstance(found, MllmError)}
-    places = _places(directory, media, contents, store, problems)  # behind `_spread`, which waits for all ranks
+    places = _places(directory, media, keys, sources, problems)  # behind `_spread`, which waits for all ranks
     _account(examples, media, problems)
-    return CachedFeatures(store, media, places, problems)
+    rules = {kind: processor.rule(kind) for kind in sources}
+    return CachedFeatures({kind: one.store for kind, one in sources.items()}, rules, media, places)
 
 
 def _read_contents(
@@ -140,61 +167,64 @@ def _read_contents(
     return gather_object(contents_of(own, known, progress=progress("reading media", len(own))))
 
 
-def _encoder(
-    tower: MllmTower, *, device: torch.device | str, autocast: torch.dtype | None
-) -> Callable[[Pixels], Float[Tensor, "N P D_encoder"]]:
-    """Pixels to what the connector would get in training."""
-    device = torch.device(device)
-    tower.encoder.eval()
-    if not _is_sharded(tower.encoder):
-        tower.encoder.to(device)
-
-    def encode(pixels: Pixels) -> Float[Tensor, "N P D_encoder"]:
-        with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            return tower.select_features(tower.encode(pixels.to(device)))
-
-    return encode
-
-
-@contextmanager
-def _alone(tower: MllmTower) -> Iterator[None]:
-    """Let the encoder be called without asking the other ranks how often they call it."""
-    chunk, tower.encoder_chunk = tower.encoder_chunk, None
-    try:
-        yield
-    finally:
-        tower.encoder_chunk = chunk
+def _source(
+    kind: str,
+    model: MllmModel,
+    processor: MllmProcessor,
+    directory: Path,
+    *,
+    device: torch.device | str,
+    autocast: torch.dtype | None,
+) -> Source:
+    """The encoder of a kind of media, and the store of what it gives for one view of zeros, and so for all."""
+    tower = model.towers[kind]
+    tower = tower if tower.encoder is not None else model.image_tower
+    with ready(tower):
+        encode = encoder_of(tower, device=device, autocast=autocast)
+        sample = encode(tower.native_zeros(), None)
+        space = feature_space(kind, tower, processor, features=sample, autocast=autocast)
+    return Source(tower, encode, FeatureStore(directory, space))
 
 
-def _is_sharded(module: nn.Module) -> bool:
-    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+def _keys(
+    media: RunMedia,
+    contents: Sequence[Content | MediaError],
+    sources: Mapping[str, Source],
+    processor: MllmProcessor,
+) -> Keys:
+    """Of every view of every medium; none of one that is too large, whose row says so when it is due."""
+    keys: Keys = []
+    for item, content in zip(media.items, contents, strict=True):
+        names: list[str] = []
+        if isinstance(content, Content):
+            try:
+                names = view_names(item, processor)
+            except RowError:
+                pass
+        space = sources[item.kind].store.space
+        keys.append(tuple(space.key(content.sha256, item, name) for name in names) if names else ())
+    return keys
 
 
-def _whole(module: nn.Module) -> AbstractContextManager[Any]:
-    """The weights of a module that ZeRO-3 may have dealt out among the ranks, as a whole on each."""
-    if not _is_sharded(module):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(list(module.parameters()))
-
-
-def _missing(media: RunMedia, contents: Sequence[Content | MediaError], store: FeatureStore) -> list[Wanted]:
-    """What the cache does not hold, each content once. One rank looks: another may see what is written meanwhile."""
-    found: dict[bytes, int] = {}
-    if PartialState().is_main_process:
-        for number, content in enumerate(contents):
-            if isinstance(content, Content):
-                key = store.space.key(content.sha256, media.items[number])
-                if key not in store.places:
-                    found.setdefault(key, number)
+def _find_missing(
+    media: RunMedia, contents: Sequence[Content | MediaError], keys: Keys, sources: Mapping[str, Source]
+) -> None:
+    """What the caches do not hold, each view once. One rank looks: another may see what is written meanwhile."""
+    found: dict[str, list[Wanted]] = {kind: [] for kind in sources}
+    seen: set[bytes] = set()
+    for number, own in enumerate(keys if PartialState().is_main_process else ()):
+        item, content = media.items[number], contents[number]
+        known = sources[item.kind].store.places
+        missing = []
+        for view, key in enumerate(own):
+            if key not in known and key not in seen:
+                seen.add(key)
+                missing.append(view)
+        if missing and isinstance(content, Content):
+            found[item.kind].append(Wanted(number, item, content.sha256, own, tuple(missing)))
     (found,) = broadcast_object_list([found])
-    wanted = []
-    for key, number in found.items():
-        content = contents[number]
-        assert isinstance(content, Content)
-        wanted.append(Wanted(number, media.items[number], content.sha256, key))
-    return wanted
+    for kind, source in sources.items():
+        source.wanted = found[kind]
 
 
 def _part(size: int) -> slice:
@@ -216,43 +246,38 @@ def _spread(problems: Problems) -> Problems:
 
 
 def _places(
-    directory: Path,
-    media: RunMedia,
-    contents: Sequence[Content | MediaError],
-    store: FeatureStore,
-    problems: Problems,
-) -> np.ndarray:
-    """Where the features of each item lie; items of the same content share a place, or a problem."""
-    places = np.full((len(media.items), 2), -1, np.int64)
-    keys = [
-        store.space.key(content.sha256, item) if isinstance(content, Content) else b""
-        for item, content in zip(media.items, contents, strict=True)
-    ]
-    bad = {keys[number]: number for number in problems if keys[number]}
-    _see_all(store, {key for key in keys if key and key not in bad})
-    for number, key in enumerate(keys):
-        if not key:
-            continue
-        if key in bad:
-            problems[number] = problems[bad[key]]
-        elif key in store.places:
-            places[number] = store.places[key]
-        else:
-            raise OptionError(
-                f"feature_cache: {directory} does not hold the features of {media.items[number].path}",
-                expected="one directory that all ranks see, from which nobody deletes while a run goes on",
-                do="name a directory on a disk that all machines share",
-            )
-    return places
+    directory: Path, media: RunMedia, keys: Keys, sources: Mapping[str, Source], problems: Problems
+) -> Places:
+    """Where the features of each item lie; items of the same content share places, or a problem."""
+    bad = {key: number for number in problems for key in keys[number]}
+    _see_all(media, keys, sources, bad)
+    views, starts = [], [0]
+    for number, (item, own) in enumerate(zip(media.items, keys, strict=True)):
+        known = sources[item.kind].store.places
+        if lost := [key for key in own if key not in known]:
+            if lost[0] not in bad:
+                raise OptionError(
+                    f"feature_cache: {directory} does not hold the features of {item.path}",
+                    expected="one directory that all ranks see, from which nobody deletes while a run goes on",
+                    do="name a directory on a disk that all machines share",
+                )
+            problems[number] = problems[bad[lost[0]]]
+        views += [known[key] for key in own] if not lost else []
+        starts.append(len(views))
+    return Places(np.array(views, np.int64).reshape(-1, 2), np.array(starts, np.int64), problems)
 
 
-def _see_all(store: FeatureStore, keys: set[bytes]) -> None:
+def _see_all(
+    media: RunMedia, keys: Keys, sources: Mapping[str, Source], bad: Mapping[bytes, int]
+) -> None:
     """Read the lists of what all ranks have written; a network disk may show a new file some seconds late."""
-    for seconds in VISIBLE_AFTER:
-        time.sleep(seconds)
-        store.refresh()
-        if keys <= store.places.keys():
-            return
+    for kind, source in sources.items():
+        wanted = {key for item, own in zip(media.items, keys, strict=True) if item.kind == kind for key in own}
+        for seconds in VISIBLE_AFTER:
+            time.sleep(seconds)
+            source.store.refresh()
+            if wanted - bad.keys() <= source.store.places.keys():
+                break
 
 
 def _account(examples: Examples, media: RunMedia, problems: Problems) -> None:

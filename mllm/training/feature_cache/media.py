@@ -3,9 +3,11 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,8 @@ from mllm.data.examples import Examples
 from mllm.data.indexing.content_keys import hash_of, stamp_of, write_atomically
 from mllm.data.schema import MediaItem
 from mllm.errors import MediaError
+from mllm.processing import containers, images
 from mllm.processing.files import media_name, open_file
-from mllm.processing.images import MAX_BYTES
 
 MANIFESTS = "contents"
 """Directory in a cache: what files held when they were last read, so that unchanged ones are not read again."""
@@ -25,6 +27,9 @@ MANIFESTS = "contents"
 SETTLED_NS = 2_000_000_000
 """After its last change a file's time does not vouch for its content for so long: clocks are coarse."""
 _THREADS = 4
+
+MAX_BYTES = {"image": images.MAX_BYTES, "audio": containers.MAX_BYTES, "video": containers.MAX_BYTES}
+"""As the decoders have it."""
 
 
 @dataclass(frozen=True)
@@ -80,20 +85,42 @@ def find_media(examples: Examples, *, progress: Callable[..., Any] | None = None
     return RunMedia(list(known), np.array(rows, np.int64), np.array(numbers, np.int64), starts)
 
 
-def read_medium(item: MediaItem) -> bytes:
-    """The bytes that a decoder gets of a medium.
+def open_medium(item: MediaItem) -> Path | bytes:
+    """What a decoder gets of a medium: the bytes of an image or of an embedded medium, or else the file.
 
     Raises:
         MediaError: They are not there.
     """
     source = read_media_bytes(item)
-    if isinstance(source, bytes):
+    if isinstance(source, bytes) or item.kind != "image":
         return source
+    with _readable(source, item.kind) as file:
+        return file.read()
+
+
+def sha256_of(item: MediaItem, source: Path | bytes) -> bytes:
+    """SHA-256 of all bytes that a decoder gets.
+
+    Args:
+        item: The medium.
+        source: As `open_medium` gave it.
+
+    Raises:
+        MediaError: The file cannot be read.
+    """
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).digest()
+    with _readable(source, item.kind) as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+@contextmanager
+def _readable(path: Path, kind: str) -> Iterator[BufferedReader]:
+    name = media_name(kind, path, "")
     try:
-        with open_file(source, media_name(item.kind, source, ""), max_bytes=MAX_BYTES) as file:
-            return file.read()
+        with open_file(path, name, max_bytes=MAX_BYTES[kind]) as file:
+            yield file
     except OSError as error:
-        name = media_name(item.kind, source, "")
         raise MediaError(f"{name} cannot be read ({error})", expected="a readable file", do="mend it") from error
 
 
@@ -169,7 +196,7 @@ def _as_known(item: MediaItem, known: dict[str, Content]) -> Content | None:
 
 def _read(item: MediaItem) -> Content:
     before, now = _stamp(item), time.time_ns()
-    sha256 = hashlib.sha256(read_medium(item)).digest()
+    sha256 = sha256_of(item, open_medium(item))
     is_settled = before is not None and max(before[1], before[2]) + SETTLED_NS < now and _stamp(item) == before
     return Content(sha256, before if is_settled else None)
 

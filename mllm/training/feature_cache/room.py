@@ -1,12 +1,28 @@
 """What a fill will take of the disk, told before anything is written."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from mllm.errors import OptionError
 from mllm.training.feature_cache.key import FeatureSpace
 from mllm.training.feature_cache.store import RECORD
+
+
+class Missing(NamedTuple):
+    """What a cache does not hold of one kind of media.
+
+    Args:
+        space: Theirs.
+        num_media: How many have views that are not there.
+        num_views: How many views are not.
+    """
+
+    space: FeatureSpace
+    num_media: int
+    num_views: int
 
 
 @dataclass(frozen=True)
@@ -15,7 +31,7 @@ class Estimate:
 
     Args:
         num_media: Media of the run, each file counted once.
-        num_missing: Those of different content that the cache does not hold.
+        num_missing: Those of different content that the cache does not hold, or not all of.
         num_bytes: What they will take on the disk.
         free_bytes: What is free there.
     """
@@ -30,10 +46,11 @@ class Estimate:
         return f"{done}: {in_units(self.num_bytes)} of {in_units(self.free_bytes)} free"
 
 
-def estimate_fill(directory: Path, space: FeatureSpace, *, num_media: int, num_missing: int) -> Estimate:
+def estimate_fill(directory: Path, missing: Sequence[Missing], *, num_media: int) -> Estimate:
     """How much will be written, and how much can be."""
     there = next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
-    num_bytes = num_missing * (space.item_bytes + RECORD.itemsize)
+    num_bytes = sum(one.num_views * (one.space.view_bytes + RECORD.itemsize) for one in missing)
+    num_missing = sum(one.num_media for one in missing)
     return Estimate(num_media, num_missing, num_bytes, shutil.disk_usage(there).free)
 
 

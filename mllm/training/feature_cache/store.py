@@ -1,11 +1,11 @@
-"""Features on disk: files of items of one size, which grow at their end, and lists of what they hold.
+"""Features on disk: files of views of one size, which grow at their end, and lists of what they hold.
 
 A space has a directory of shards, each written by one process and never changed afterwards. A shard is two files:
 
-    NAME.features   item behind item, in the machine's own (little-endian) order of bytes
-    NAME.index      one line of JSON that says what the items are; then a record of 36 bytes for each: key and checksum
+    NAME.features   view behind view, in the machine's own (little-endian) order of bytes
+    NAME.index      one line of JSON that says what the views are; then a record of 36 bytes for each: key and checksum
 
-A record is written when its item is on the disk, so what a killed process leaves behind is whole as far as its index
+A record is written when its view is on the disk, so what a killed process leaves behind is whole as far as its index
 goes, and any number of processes can fill one directory. Nothing is unpickled.
 """
 
@@ -35,7 +35,7 @@ COMMIT_SECONDS = 10.0
 
 INGREDIENTS = "space.json"
 Place = tuple[int, int]
-"""The numbers of a shard, and of an item in it."""
+"""The numbers of a shard, and of a view in it."""
 
 
 class FeatureStore:
@@ -78,24 +78,24 @@ class FeatureStore:
         """Free the memory of the keys, where all places that will be asked for are known."""
         self.places = {}
 
-    def read(self, place: Place, into: Float[Tensor, "P D_encoder"]) -> None:
-        """Copy one item's features from the disk.
+    def read(self, place: Place, into: Float[Tensor, "L D_encoder"]) -> None:
+        """Copy one view's features from the disk.
 
         Raises:
             CheckpointError: They are not what was written.
         """
         shard, row = place
-        size = self.space.item_bytes
+        size = self.space.view_bytes
         if shard not in self._maps:
             self._maps[shard] = np.memmap(_features_of(self.shards[shard]), dtype=np.uint8, mode="r")
         data = self._maps[shard][row * size : (row + 1) * size]
         if zlib.crc32(data.data) != self._checksums[shard][row]:
-            raise _damaged(_features_of(self.shards[shard]), f"item {row} is not what was written there")
+            raise _damaged(_features_of(self.shards[shard]), f"view {row} is not what was written there")
         into.view(torch.uint8).numpy().reshape(-1)[:] = data
 
 
 class ShardWriter:
-    """A shard of one's own, made when the first item comes; leave it to put the last items on record.
+    """A shard of one's own, made when the first view comes; leave it to put the last views on record.
 
     Args:
         directory: Of the cache.
@@ -122,23 +122,23 @@ class ShardWriter:
             file.close()
         sync(self.directory)
 
-    def add(self, keys: list[bytes], features: Float[Tensor, "N P D_encoder"]) -> None:
-        """Write some items' features.
+    def add(self, keys: list[bytes], features: Float[Tensor, "N L D_encoder"]) -> None:
+        """Write some views' features.
 
         Raises:
             OptionError: The disk is full, or fails.
         """
-        for key, item in zip(keys, features.detach().cpu().contiguous(), strict=True):
-            data = memoryview(item.view(torch.uint8).numpy().reshape(-1))
+        for key, view in zip(keys, features.detach().cpu().contiguous(), strict=True):
+            data = memoryview(view.view(torch.uint8).numpy().reshape(-1))
             with self._explained():
                 _write(self._open()[0], data)
             self._waiting.append((key, zlib.crc32(data)))
-        waiting = len(self._waiting) * self.space.item_bytes
+        waiting = len(self._waiting) * self.space.view_bytes
         if waiting >= COMMIT_BYTES or time.monotonic() - self._last_commit > COMMIT_SECONDS:
             self.commit()
 
     def commit(self) -> None:
-        """Have all items on the disk, then put them on record.
+        """Have all views on the disk, then put them on record.
 
         Raises:
             OptionError: The disk is full, or fails.
@@ -215,8 +215,8 @@ def _read_index(path: Path, space: FeatureSpace) -> np.ndarray:
     found = np.frombuffer(records, RECORD, count=len(records) // RECORD.itemsize)
     features = _features_of(path)
     size = features.stat().st_size if features.is_file() else 0
-    if size < len(found) * space.item_bytes:
-        raise _damaged(features, f"{size:,} bytes for {len(found)} items of {space.item_bytes:,}")
+    if size < len(found) * space.view_bytes:
+        raise _damaged(features, f"{size:,} bytes for {len(found)} views of {space.view_bytes:,}")
     return found
 
 

@@ -23,7 +23,7 @@ from mllm.training.preflight.memory import (
 )
 from mllm.training.sharding import is_fsdp
 
-MEDIA = {"image": "pixel_values", "audio": "input_features"}
+MEDIA = {"image": "pixel_values", "audio": "input_features", "video": "pixel_values_videos"}
 """What a batch calls the input of each encoder."""
 
 

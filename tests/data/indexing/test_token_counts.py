@@ -41,9 +41,9 @@ WORDS = (
 def _processor(kind="qwen", template=None, *, rule=RULE):
     tokenizer = tiny_tokenizer(kind)
     if rule is None:
-        return build_processor(tokenizer, None, rule=None, chat_template=template)
+        return build_processor(tokenizer, rules={}, chat_template=template)
     add_placeholder(tokenizer, "<image>", num_rows=len(tokenizer) + 1)
-    return build_processor(tokenizer, CLIPImageProcessorPil(), rule=rule, chat_template=template)
+    return build_processor(tokenizer, CLIPImageProcessorPil(), rules={"image": rule}, chat_template=template)
 
 
 def _content(draw: random.Random, *, images: bool):

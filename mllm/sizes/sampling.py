@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mllm.errors import OptionError
+from mllm.errors import OptionError, RowError
 
 RULES = ("uniform", "segment", "fps", "cap", "upbound")
 FORMS = "uniform:N, segment:N, segment:N:SEED, fps:R, fps:R:MIN:MAX, cap:R:N or upbound:N"
@@ -90,10 +90,19 @@ def sample_frames(times: np.ndarray, sampling: Sampling) -> np.ndarray:
     span = float(times[-1] - times[0])
     rate = (num_frames - 1) / span if span > 0 else 1.0
     places = frame_places(num_frames, rate, sampling)
-    grid = times[0] + places * (span / max(num_frames - 1, 1))
-    after = np.searchsorted(times, grid).clip(0, num_frames - 1)
+    return nearest_frames(times, times[0] + places * (span / max(num_frames - 1, 1)))
+
+
+def nearest_frames(times: np.ndarray, moments: np.ndarray) -> np.ndarray:
+    """Which frame is nearest to each moment; of two that are equally near, the earlier.
+
+    Args:
+        times: When each frame is shown, in seconds, ascending; at least one.
+        moments: In seconds.
+    """
+    after = np.searchsorted(times, moments).clip(0, len(times) - 1)
     before = (after - 1).clip(0)
-    return np.where(grid - times[before] <= times[after] - grid, before, after)
+    return np.where(moments - times[before] <= times[after] - moments, before, after)
 
 
 def frame_places(num_frames: int, rate: float, sampling: Sampling) -> np.ndarray:
@@ -124,6 +133,49 @@ def frame_places(num_frames: int, rate: float, sampling: Sampling) -> np.ndarray
             if len(places) <= sampling.max_frames:
                 return places
             return np.linspace(0, num_frames - 1, sampling.max_frames, dtype=int)  # rounds down, as LLaVA-NeXT does
+
+
+def frame_times(frames: int, seconds: float, sampling: Sampling) -> tuple[float, ...]:
+    """When the frames that a rule picks are shown, by a file's header alone: at a constant rate.
+
+    Where the real rate is not constant, a decoder takes the frame that is shown at each of these moments.
+
+    Args:
+        frames: How many frames the video has.
+        seconds: How long it is.
+        sampling: The rule.
+
+    Raises:
+        RowError: The header does not say both.
+    """
+    if frames < 1 or seconds <= 0:
+        raise RowError(
+            f"a video of {frames} frames and {seconds:g} seconds, by its header",
+            expected="at least one frame, and a length",
+            do="write the file anew with a header that says both, or drop the row",
+        )
+    rate = frames / seconds
+    return tuple(float(place) / rate for place in frame_places(frames, rate, sampling))
+
+
+def most_places(seconds: float, sampling: Sampling) -> int:
+    """At least as many places as a rule picks of any video that is no longer than this, whatever its rate.
+
+    Args:
+        seconds: How long it is at most.
+        sampling: The rule.
+    """
+    match sampling.rule:
+        case "uniform" | "segment":
+            return sampling.frames
+        case "fps":
+            wanted = max(math.ceil(seconds * sampling.fps), _ceil_even(sampling.frames))
+            return max(min(wanted, sampling.max_frames), 2)
+        case "cap":
+            return min(math.ceil(seconds * sampling.fps) + 1, sampling.max_frames)
+        case _:
+            # A rate is rounded, from 1.5 frames a second down to 1 at worst.
+            return min(math.ceil(seconds * 1.5) + 1, sampling.max_frames)
 
 
 def _evenly(num_frames: int, count: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 import pytest
 
 from mllm.models.encoders import ENCODERS
-from mllm.sizes import ImageTokenRule, num_image_tokens
+from mllm.sizes import ImageTokenRule, num_tokens
 from mllm.testing import tiny_encoder
 
 
@@ -17,7 +17,7 @@ from mllm.testing import tiny_encoder
     ],
 )
 def test_counts_by_hand(rule, tokens):
-    assert num_image_tokens(480, 640, rule) == tokens
+    assert num_tokens((480, 640), rule) == tokens
 
 
 @pytest.mark.parametrize("family", ["clip_vision_model", "siglip_vision_model", "dinov2_with_registers", "dinov3_vit"])
@@ -34,4 +34,4 @@ def test_count_is_what_the_encoder_puts_out(family, feature_select):
         feature_select=feature_select,
     )
     dropped = feature_select == "default"
-    assert num_image_tokens(16, 16, rule) == hidden.shape[1] - dropped
+    assert num_tokens((16, 16), rule) == hidden.shape[1] - dropped

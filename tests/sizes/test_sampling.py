@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mllm.errors import OptionError
-from mllm.processing.sampling import Sampling, frame_places, parse_sampling, sample_frames
+from mllm.sizes.sampling import Sampling, frame_places, parse_sampling, sample_frames
 
 COUNTS = (1, 2, 3, 5, 7, 16, 30, 99, 300, 2999)
 

@@ -1,0 +1,146 @@
+"""What can be said of the parts that are assembled, typed: the `model:` mapping of a plan."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mllm.assemble.mixed import Encoders, streams_of
+from mllm.assemble.tiles import Tiles
+from mllm.errors import OptionError
+
+Connector = str | Mapping[str, Any]
+"""A name in `mllm.models.connectors.CONNECTORS`, or a mapping with `type` and the options of that connector."""
+
+
+@dataclass(frozen=True)
+class ImageTowerOptions:
+    """An image encoder and its connector.
+
+    Args:
+        encoder: Directory or Hub id of an encoder, or of the two-tower model that holds it; or a list of up to four,
+            which all see the same pixels (see `mllm.assemble.mixed`).
+        connector: How its features reach the language model's width.
+        feature_layer: Which hidden states of the encoder are the features; layers above them are left out.
+        feature_select: "default" drops the class token, "patches" all that is no patch, "full" keeps everything; by
+            default "default" where there is a class token.
+        geometry: How an image becomes a square: "pad", "crop" or "squash"; by default "pad", or as `tiles` has it.
+        tiles: How an image is read in tiles: a name in `mllm.assemble.tiles.TILES`, or a mapping with `type` and what
+            differs. None for the image as a whole.
+        join: Of several encoders: "channels" joins the grids of all, cell by cell; "sequence" keeps each entry of the
+            list as a stream of features of its own, and an entry that is a list is joined by channels.
+    """
+
+    encoder: Encoders
+    connector: Connector = "mlp"
+    feature_layer: int = -2
+    feature_select: str | None = None
+    geometry: str | None = None
+    tiles: Tiles | None = None
+    join: str = "channels"
+
+    def __post_init__(self):
+        streams_of(self.encoder, self.join)
+
+
+@dataclass(frozen=True)
+class AudioTowerOptions:
+    """An audio encoder and its connector.
+
+    Args:
+        encoder: Directory or Hub id of an encoder, or of the model that holds it.
+        connector: How its features reach the language model's width; by default "mlp", or that of `connector_from`.
+        feature_layer: -1 for what the encoder gives out, its last norm included; another index for what that layer
+            gives, without it. Layers above are left out.
+        window_seconds: What the encoder reads at once; by default what it was made for, or 10 s. Longer sounds are
+            split into such windows.
+        pool_time: Average every two features of a Whisper encoder before its last norm, and let it attend to no
+            silence behind a sound's end, as Qwen2-Audio and AudioFlamingo3 do.
+        counts_silence: Whether the features of the silence behind a sound's end count too, as in Voxtral.
+        clips: Hear that many windows spread evenly over a sound of any length, as Video-LLaMA does, in place of all of
+            it; 0 for all of it.
+        connector_from: `model` and `modality` of a connector that was trained before, on features of the same space
+            (see `mllm.assemble.reuse`), in place of a fresh one.
+    """
+
+    encoder: str
+    connector: Connector | None = None
+    feature_layer: int = -1
+    window_seconds: float | None = None
+    pool_time: bool = False
+    counts_silence: bool = False
+    clips: int = 0
+    connector_from: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class VideoTowerOptions:
+    """A connector for videos, whose frames the image tower's encoder reads.
+
+    Args:
+        connector: How the frames' features reach the language model's width.
+        frames: Which frames are seen: "uniform:8", "fps:2", ... (see `mllm.sizes.sampling`).
+        timestamps: Whether the prompt says when each frame is shown; for connectors that read frame by frame.
+        through_image_connector: Whether frames pass the image tower's connector before their own, which then reads
+            what that one made of each frame, as Video-LLaMA's video Q-Former does.
+    """
+
+    connector: Connector = "mlp"
+    frames: str = "uniform:8"
+    timestamps: bool = False
+    through_image_connector: bool = False
+
+
+TOWERS: dict[str, type] = {"image": ImageTowerOptions, "audio": AudioTowerOptions, "video": VideoTowerOptions}
+
+
+def tower_options(modality: str, given: Any) -> Any:
+    """The typed options of one tower; None for none.
+
+    Raises:
+        OptionError: It is no mapping, has an unknown key, or lacks one.
+    """
+    kind = TOWERS[modality]
+    if given is None or isinstance(given, kind):
+        return given
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    required = [name for name, field in known.items() if field.default is dataclasses.MISSING]
+    if not isinstance(given, Mapping):
+        raise OptionError(
+            f"model: {modality} = {given!r}",
+            expected=f"a mapping with {', '.join(known)}",
+            do=f"write, e.g., `{modality}: {{{required[0] if required else 'connector'}: ...}}`",
+        )
+    wrong = [key for key in given if key not in known]
+    missing = [name for name in required if given.get(name) is None]
+    if wrong or missing:
+        raise OptionError(
+            f"model: {modality}: {'unknown key ' + repr(wrong[0]) if wrong else 'no ' + missing[0]}",
+            expected=f"{', '.join(known)}",
+            do=f"correct the mapping under `model: {modality}`",
+        )
+    return kind(**given)
+
+
+def assembly_options(assemble: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the keys of a `model:` mapping against what `assemble` takes, those of its towers too.
+
+    Raises:
+        OptionError: A key is unknown, or one is missing.
+    """
+    known = tuple(inspect.signature(assemble).parameters)
+    wrong = [key for key in given if key not in known]
+    if wrong or "language_model" not in given or not any(given.get(modality) for modality in TOWERS):
+        problem = f"unknown key {wrong[0]!r}" if wrong else "no language_model"
+        if not wrong and "language_model" in given:
+            problem = f"none of {', '.join(TOWERS)}"
+        raise OptionError(
+            f"model: {problem}",
+            expected=f"language_model, at least one of {', '.join(TOWERS)}, and what differs from the defaults of "
+            f"{', '.join(name for name in known if name not in ('language_model', *TOWERS))}",
+            do="correct the mapping under `model`",
+        )
+    for modality in TOWERS:
+        tower_options(modality, given.get(modality))
+    return dict(given)
