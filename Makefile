@@ -25,7 +25,7 @@ export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart quickstart-seeds demo test test-all test-gpu test-lowest check format pins clean
+.PHONY: help setup quickstart quickstart-seeds quickstart-media demo test test-all test-gpu test-lowest check format pins clean
 
 help: ## Show this list
 	@echo "mllm: build, tune, shrink, serve and export multimodal language models"
@@ -52,7 +52,7 @@ $(BIN)/python:
 	$(call make_venv,$(VENV))
 
 $(VENV)/run: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python $(INSTALL) --editable '.[quickstart,serve]'
+	$(BIN)/python $(INSTALL) --editable '.[quickstart,serve,data]'
 	@touch $@
 
 $(VENV)/dev: pyproject.toml constraints.txt | $(BIN)/python
@@ -75,6 +75,9 @@ quickstart-seeds: $(VENV)/run ## The quickstart with seeds 0, 1 and 2, each held
 	for seed in 0 1 2; do \
 		$(BIN)/python scripts/quickstart.py --out $(OUT)-seed$$seed --seed $$seed --strict $(ARGS) || exit 1; \
 	done
+
+quickstart-media: $(VENV)/run ## The same with videos and sounds (OUT=, SEED=)
+	$(BIN)/python scripts/quickstart.py --out $(OUT)-media --seed $(SEED) --modalities image,audio,video $(ARGS)
 
 demo: $(VENV)/run ## Chat with the quickstart's model in the browser (MODEL=)
 	@test -e $(MODEL) || { echo "There is no model at $(MODEL). Do this: make quickstart, or make demo MODEL=DIR"; exit 1; }

@@ -2,14 +2,15 @@
 
     python data_recipes/digits_sounds.py --world runs/digits --out runs/digits_sounds --seed 0
 
-`--world` is what data_recipes/digits.py wrote: one kind of row shows a picture of it, plays some beeps and asks whether
-there are as many of these as digits, which neither tells alone. Sounds differ in pitch, timbre, loudness, noise and
-length; files in format, sampling rate and channels. Written are
+`--world` is what data_recipes/digits.py wrote: one kind of row shows a picture of it, plays some beeps and asks
+whether there are as many of these as digits, which neither tells alone. Sounds differ in pitch, timbre, loudness,
+noise and length; files in format, sampling rate and channels. Written are
 
-    sounds/*.{wav,flac}    one or two seconds each, or a little less
+    sounds/*.{wav,flac}    two seconds each, or less
+    images/*.png           copies of the world's pictures that stand beside sounds
     tracks.jsonl           what sounds when in each: for an audio encoder that is trained here
-    lessons.jsonl          the same questions about sounds and pictures written out as text: for a language model that is
-                           trained here
+    lessons.jsonl          the same questions about sounds and pictures written out as text: for a language model that
+                           is trained here
     sounds.jsonl           a question about each sound, and
     both.jsonl             about a picture and a sound: for supervised fine-tuning
     eval/{beeps,glide,tones,match}.jsonl, eval/tracks.jsonl
@@ -23,6 +24,7 @@ import json
 import math
 import os
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +53,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory to write; must be absent or empty")
     parser.add_argument("--seed", type=int, required=True, help="the same seed gives the same files")
     parser.add_argument("--sounds", type=int, default=4800, help="training sounds alone, a third of each kind")
-    parser.add_argument("--lessons", type=int, default=3200, help="sounds written out as text")
+    parser.add_argument("--lessons", type=int, default=4800, help="sounds written out as text")
     parser.add_argument("--both", type=int, default=2400, help="training sounds with a picture each")
     parser.add_argument("--eval_sounds", type=int, default=300, help="of each kind, and with a picture")
     args = parser.parse_args()
@@ -73,18 +75,19 @@ def main() -> None:
 def build(out: Path, world: Path, seed: int, counts: tuple[int, int, int, int]) -> dict:
     """Write every file of the recipe under `out`, which must not exist yet. Returns what `recipe.json` holds."""
     num_sounds, num_both, num_lessons, num_eval = counts
-    (out / "sounds").mkdir(parents=True)
-    (out / "eval" / "sounds").mkdir(parents=True)
+    for folder in (out, out / "eval"):
+        (folder / "sounds").mkdir(parents=True)
+        (folder / "images").mkdir()
     rng = random.Random(f"{seed}/train")
     alone = [SOUND_TASKS[number % len(SOUND_TASKS)] for number in range(num_sounds)]
-    tracks, rows = write_items(out, rng, [*alone, *["match"] * num_both], pictures(world / "caption.jsonl", out))
+    tracks, rows = write_items(out, rng, [*alone, *["match"] * num_both], read_scenes(world / "caption.jsonl"))
     tables = {"tracks": tracks, "sounds": rows[:num_sounds], "both": rows[num_sounds:]}
     # A stream of their own: how many sounds there are must not change what the language model learns.
-    tables["lessons"] = lesson_rows(random.Random(f"{seed}/text"), scenes_of(world / "caption.jsonl"), num_lessons)
+    tables["lessons"] = lesson_rows(random.Random(f"{seed}/text"), read_scenes(world / "caption.jsonl"), num_lessons)
 
-    rng, out_eval = random.Random(f"{seed}/eval"), out / "eval"
+    rng = random.Random(f"{seed}/eval")
     tasks = [task for task in QUESTIONS for _ in range(num_eval)]
-    tracks, rows = write_items(out_eval, rng, tasks, pictures(world / "eval" / "caption.jsonl", out_eval))
+    tracks, rows = write_items(out / "eval", rng, tasks, read_scenes(world / "eval" / "caption.jsonl"))
     tables |= {"eval/tracks": tracks}
     tables |= {f"eval/{task}": [row for row in rows if row["meta"]["task"] == task] for task in QUESTIONS}
 
@@ -104,25 +107,29 @@ def build(out: Path, world: Path, seed: int, counts: tuple[int, int, int, int]) 
     return recipe
 
 
-def pictures(rows: Path, out: Path) -> list[tuple[dict, int]]:
-    """The pictures of the world's rows, seen from where ours will lie, and how many digits each shows."""
-    found = []
+def read_scenes(rows: Path) -> list[dict]:
+    """What the world's pictures show, in parallel lists, with the picture as `image` and its directory as `folder`."""
+    scenes = []
     for line in rows.open(encoding="utf-8"):
         row = json.loads(line)
-        (image,) = row["media"]
-        path = os.path.relpath((rows.parent / image["path"]).resolve(), out.resolve())
-        found.append(({**image, "path": Path(path).as_posix()}, len(row["meta"]["digits"])))
-    return found
+        scenes.append({**row["meta"], "image": row["media"][0], "folder": rows.parent})
+    return scenes
 
 
-def write_items(
-    out: Path, rng: random.Random, tasks: list[str], scenes: list[tuple[dict, int]]
-) -> tuple[list[dict], list[dict]]:
+def copy_picture(scene: dict, out: Path) -> dict:
+    """Put a scene's picture beside our rows: media have to lie below the directory of their rows."""
+    image = scene["image"]
+    path = f"images/{Path(image['path']).name}"
+    shutil.copyfile(scene["folder"] / image["path"], out / path)
+    return {**image, "path": path}
+
+
+def write_items(out: Path, rng: random.Random, tasks: list[str], scenes: list[dict]) -> tuple[list[dict], list[dict]]:
     """Write a sound for each task; returns its track and its row."""
     tracks, rows, noise = [], [], np.random.default_rng(rng.randrange(2**63))
     for number, task in enumerate(tqdm(tasks, desc="sounds", unit="sound", mininterval=1)):
-        image, num_digits = scenes[number % len(scenes)] if task == "match" else (None, 0)
-        events, answer = draw_events(rng, task, num_digits)
+        scene = scenes[number % len(scenes)] if task == "match" else None
+        events, answer = draw_events(rng, task, len(scene["digits"]) if scene else 0)
         form, rate = rng.choice(("wav", "flac")), rng.choice(RATES)
         samples = play(noise, events, rate)
         if rng.random() < 0.2:  # louder on one side
@@ -131,7 +138,7 @@ def write_items(
         soundfile.write(out / path, samples, rate, subtype="PCM_16")
         sound = {"kind": "audio", "path": path, "seconds": len(samples) / rate}
         question = rng.choice(QUESTIONS[task])
-        media = [sound] if image is None else rng.sample([image, sound], 2)
+        media = [sound] if scene is None else rng.sample([copy_picture(scene, out), sound], 2)
         tracks.append({"media": [sound], "events": events})
         rows.append(make_row(task, number, question, answer, media))
     return tracks, rows
@@ -211,11 +218,6 @@ def change(events: list[list[float]], number: int) -> str:
         return ""
     before = events[number - 1][3]
     return "Same" if low == before else "Up" if low > before else "Down"
-
-
-def scenes_of(rows: Path) -> list[dict]:
-    """What the world's pictures show."""
-    return [json.loads(line)["meta"] for line in rows.open(encoding="utf-8")]
 
 
 def write_cells(scene: dict) -> str:

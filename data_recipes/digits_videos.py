@@ -2,11 +2,11 @@
 
     python data_recipes/digits_videos.py --world runs/digits --out runs/digits_videos --seed 0
 
-`--world` is what data_recipes/digits.py wrote: its split of the scans holds here, too. In one half of the videos one or
-two digits move along a row or a column, in the other two or three appear one after another. Written are
+`--world` is what data_recipes/digits.py wrote: its split of the scans holds here, too. In one half of the videos one
+to three digits move along a row or a column each, in the other two or three appear one after another. Written are
 
     videos/*.mp4           H.264, 48 x 48 pixels, one to two seconds
-    videos.jsonl           two questions about each video: for supervised fine-tuning
+    videos.jsonl           all these questions about each video: for supervised fine-tuning
     lessons.jsonl          the same questions about videos written out as text, frame after frame: for a language model
                            that is trained here
     eval/{motion,order}.jsonl
@@ -50,16 +50,16 @@ QUESTIONS = {
     "last": ("Which digit appears last?", "What is the last digit to appear?"),
 }
 TASKS = ("motion", "order")
-LESSONS = (("motion",), ("order",), TASKS)  # what is asked for in the lessons; of each as many
+LESSONS = (("motion",), ("motion",), ("order",), TASKS)  # what the lessons are about, a quarter each
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build the videos of the digits world.")
     parser.add_argument("--world", type=Path, required=True, help="directory written by data_recipes/digits.py")
     parser.add_argument("--out", type=Path, required=True, help="directory to write; must be absent or empty")
-    parser.add_argument("--seed", type=int, required=True, help="the same seed gives the same rows and the same frames")
+    parser.add_argument("--seed", type=int, required=True, help="the same seed gives the same files")
     parser.add_argument("--videos", type=int, default=4000, help="training videos, half of each kind")
-    parser.add_argument("--lessons", type=int, default=6400, help="videos written out as text")
+    parser.add_argument("--lessons", type=int, default=12000, help="videos written out as text")
     parser.add_argument("--eval_videos", type=int, default=300, help="videos of unseen handwriting, of each kind")
     args = parser.parse_args()
     if min(args.videos, args.eval_videos) < 1 or args.lessons < 0:
@@ -126,9 +126,9 @@ def group_by_digit(scans: list[int], labels: list[int]) -> list[list[int]]:
 
 
 def draw_motion(rng: random.Random, by_digit: list[list[int]]) -> dict:
-    """One or two different digits, each moving along a row, or each along a column, of its own."""
+    """One to three different digits, each moving along a row, or each along a column, of its own."""
     is_horizontal, things = rng.random() < 0.5, []
-    for lane, digit in zip(rng.sample(range(3), rng.randint(1, 2)), rng.sample(range(10), 2), strict=False):
+    for lane, digit in zip(rng.sample(range(3), rng.randint(1, 3)), rng.sample(range(10), 3), strict=False):
         start, end = rng.sample(range(3), 2)
         cells = [(lane, start), (lane, end)] if is_horizontal else [(start, lane), (end, lane)]
         things.append(draw_thing(rng, digit, by_digit, cells=cells, appears=0.0))
@@ -212,13 +212,17 @@ def draw_look(rng: np.random.Generator, thing: dict, scans: np.ndarray) -> tuple
 
 
 def write_video(path: Path, frames: list[np.ndarray], rate: int) -> None:
-    """Encode frames as H.264. One thread, or the file would depend on the machine."""
+    """Encode frames as H.264.
+
+    One thread, and frames that are converted here: left to the encoder, one file in some hundred differed.
+    """
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "14", "preset": "veryfast", "threads": "1"})
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "14", "preset": "veryfast"})
         stream.height, stream.width = frames[0].shape[:2]
-        stream.pix_fmt, stream.time_base = "yuv420p", Fraction(1, rate)
+        stream.pix_fmt, stream.time_base, stream.thread_count = "yuv420p", Fraction(1, rate), 1
         for pixels in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            planes = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p").to_ndarray()
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(planes, format="yuv420p")))
         container.mux(stream.encode())
 
 
@@ -239,7 +243,8 @@ def eval_row(rng: random.Random, scene: dict, video: dict) -> dict:
 
 def describe(scene: dict) -> dict:
     """The task, and digits and scans of a scene as parallel lists."""
-    return {"task": scene["task"]} | {f"{key}s": [thing[key] for thing in scene["things"]] for key in ("digit", "scan")}
+    things = scene["things"]
+    return {"task": scene["task"]} | {f"{key}s": [thing[key] for thing in things] for key in ("digit", "scan")}
 
 
 def lesson_rows(rng: random.Random, by_digit: list[list[int]], count: int) -> list[dict]:

@@ -28,6 +28,7 @@ PRIVATE_NAMES = (
     ),
     PrivateName("transformers", "ProcessorMixin._get_arguments_from_pretrained", "loads only the parts there are"),
     PrivateName("transformers", "ProcessorMixin._process_images", "images in tiles, and what stands for each"),
+    PrivateName("transformers", "ProcessorMixin._process_audio", "splits sounds into windows, in stock calls too"),
     PrivateName("transformers", "InternVLProcessor._get_num_multimodal_tokens", "number of tiles of an image"),
     PrivateName(
         "transformers", "Trainer._get_grad_norm", "gradients that are no numbers stop the run before the step"

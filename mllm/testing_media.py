@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 from PIL import Image
 
@@ -58,6 +57,8 @@ def write_tiny_video(path: Path, *, frames: int, fps: int = 5, seed: int = 0, ti
         times: When each frame is shown, in place of a constant rate.
     """
     colours = np.random.default_rng(seed).integers(20, 235, (frames, 3))
+    import av  # here: `import mllm.testing_media` needs no optional package
+
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libvpx" if path.suffix == ".webm" else "mpeg4", rate=fps)
         stream.width, stream.height, stream.pix_fmt = 32, 24, "yuv420p"

@@ -1,7 +1,8 @@
-"""Tensors in a checkpoint's safetensors files, to be read slice by slice."""
+"""Tensors in a checkpoint's safetensors files, to be read and written slice by slice."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,6 +123,34 @@ def tied_weights(directory: Path) -> dict[str, str]:
     kind = AutoModelForCausalLM if is_language_model else AutoModelForMultimodalLM
     with torch.device("meta"):
         return dict(kind.from_config(config).all_tied_weights_keys)
+
+
+def write_tensors(
+    path: Path, entries: Mapping[str, tuple[tuple[int, ...], torch.dtype]], pieces: Iterable[Shaped[Tensor, "..."]]
+) -> None:
+    """Write a safetensors file, of which no more than a piece is in memory.
+
+    Its form is the length of a header, the header (JSON, filled up with blanks to a multiple of 8 bytes), and the
+    tensors' bytes.
+
+    Args:
+        path: Of the file.
+        entries: Shape and type of each tensor, in the order of the pieces, the widest types first.
+        pieces: What the tensors consist of, row by row.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (shape, dtype) in entries.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for piece in pieces:
+            file.write(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        assert file.tell() == 8 + len(text) + end, f"{path} is not as long as its header says"
 
 
 def _weight_files(directory: Path) -> dict[Path, set[str] | None]:

@@ -1,7 +1,7 @@
 """Mix the weights of language models of one shape: theta = w_1 theta_1 + w_2 theta_2 + ...
 
 With two and weights (beta, 1 - beta) this is how SPHINX joins what one model learned from real and another from
-synthetic captions (arXiv 2311.07575). No model is loaded: tensors are read slice by slice, and written in shards.
+synthetic captions (arXiv 2311.07575). No model is loaded: tensors are read and written slice by slice.
 """
 
 import json
@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 
 from mllm.checkpoints import atomic_directory, refuse_existing
 from mllm.errors import CheckpointError, OptionError
 from mllm.load import checkpoint_directory
 from mllm.shapes import Shaped, Tensor
-from mllm.weight_files import INDEX, SINGLE, StoredTensor, StoredWeights, tied_weights
+from mllm.weight_files import INDEX, SINGLE, StoredTensor, StoredWeights, tied_weights, write_tensors
 
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
 NOT_COPIED = (INDEX, "complete.json", "run.json", "trainer_state.json", "export_report.json")
@@ -28,8 +27,8 @@ NAMES_ONLY = ("_name_or_path", "name_or_path", "transformers_version", "architec
 """Fields of a configuration that say nothing of the weights; so do the next."""
 NOT_COMPARED = (*NAMES_ONLY, "dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id")
 MIXED = tuple(getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16"))
-SLICE_NUMBERS = 1 << 24
-SHARD_BYTES = 2 << 30
+SLICE_NUMBERS = 1 << 22
+SHARD_BYTES = 1 << 30
 
 
 class MixReport(NamedTuple):
@@ -50,8 +49,8 @@ def mix_checkpoints(
 ) -> MixReport:
     """Write the weighted sum of checkpoints as a checkpoint, with the first one's tokenizer and configuration.
 
-    Sums are made in float64. What is no floating-point number has to be equal in all. Besides a shard of the result,
-    a slice of each model is in memory at a time.
+    Sums are made in float64. What is no floating-point number has to be equal in all. A slice of one tensor of each
+    model is in memory at a time.
 
     Args:
         models: Directories or Hub ids, at least two.
@@ -78,8 +77,9 @@ def mix_checkpoints(
         _copy_others(directories[0], partial, dtype)
         shards = _shards(stored[0], target, shard_bytes)
         for number, names in enumerate(shards, start=1):
-            tensors = {name: _mixed([one[name] for one in stored], weights, target) for name in names}
-            save_file(tensors, partial / _file_name(number, len(shards)), metadata={"format": "pt"})
+            entries = {name: (stored[0][name].shape, _dtype(stored[0][name], target)) for name in names}
+            pieces = (piece for name in names for piece in _mixed([one[name] for one in stored], weights, target))
+            write_tensors(partial / _file_name(number, len(shards)), entries, pieces)
         if len(shards) > 1:
             _write_index(partial, shards, stored[0], target)
         numbers = sum(math.prod(stored[0][name].shape) for name in stored[0].names)
@@ -186,32 +186,34 @@ def _check_tensors(stored: Sequence[StoredWeights]) -> None:
 
 def _mixed(
     tensors: Sequence[StoredTensor], weights: Sequence[float], target: torch.dtype | None
-) -> Shaped[Tensor, "..."]:
-    """The weighted sum of one tensor."""
+) -> Iterator[Shaped[Tensor, "..."]]:
+    """The weighted sum of one tensor, slice by slice."""
     first = tensors[0]
-    kinds = {one.dtype for one in tensors}
-    if not kinds <= set(MIXED):
-        return _equal(tensors)
-    result = torch.empty(first.shape, dtype=target or first.dtype)
-    flat = result if result.dim() else result.view(1)
+    can_be_mixed = {one.dtype for one in tensors} <= set(MIXED)
     for rows in _slices(first.shape):
-        total = sum(weight * one.read(rows).double() for one, weight in zip(tensors, weights, strict=True))
-        flat[rows] = total
-    if not torch.isfinite(result).all():
-        raise CheckpointError(
-            f"{first.name} of the mixture has values that are no numbers, or too large for {result.dtype}",
-            expected="finite weights",
-            do="check the models' weights, or choose a wider `dtype`",
-        )
-    return result
+        slices = [one.read(rows) for one in tensors]
+        if not can_be_mixed:
+            yield _equal(first.name, slices)
+            continue
+        total = torch.zeros(slices[0].shape, dtype=torch.float64)
+        for weight, piece in zip(weights, slices, strict=True):
+            total += weight * piece.double()
+        mixed = total.to(_dtype(first, target))
+        if not torch.isfinite(mixed).all():
+            raise CheckpointError(
+                f"{first.name} of the mixture has values that are no numbers, or too large for {mixed.dtype}",
+                expected="finite weights",
+                do="check the models' weights, or choose a wider `dtype`",
+            )
+        yield mixed
 
 
-def _equal(tensors: Sequence[StoredTensor]) -> Shaped[Tensor, "..."]:
-    """A tensor that cannot be mixed, and is the same in all."""
-    first, *others = [one.read(slice(None)).reshape(one.shape) for one in tensors]
+def _equal(name: str, slices: Sequence[Shaped[Tensor, "..."]]) -> Shaped[Tensor, "..."]:
+    """Values that cannot be mixed, and are the same in all."""
+    first, *others = slices
     if any(other.dtype != first.dtype or not torch.equal(other, first) for other in others):
         raise CheckpointError(
-            f"{tensors[0].name} of type {first.dtype} differs between the models",
+            f"{name} of type {first.dtype} differs between the models",
             expected="equal values where they are no floating-point numbers",
             do="mix models that were tuned from one base model",
         )
@@ -228,7 +230,8 @@ def _slices(shape: Sequence[int]) -> Iterator[slice]:
 def _shards(stored: StoredWeights, target: torch.dtype | None, shard_bytes: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     filled = 0
-    for name in sorted(stored.names):
+    # The widest types first, so that every tensor lies at a multiple of its own in the file.
+    for name in sorted(stored.names, key=lambda name: (-_dtype(stored[name], target).itemsize, name)):
         size = _num_bytes(stored[name], target)
         if shards[-1] and filled + size > shard_bytes:
             shards.append([])
@@ -239,8 +242,12 @@ def _shards(stored: StoredWeights, target: torch.dtype | None, shard_bytes: int)
 
 
 def _num_bytes(tensor: StoredTensor, target: torch.dtype | None) -> int:
-    dtype = target if target is not None and tensor.dtype in MIXED else tensor.dtype
-    return math.prod(tensor.shape) * dtype.itemsize
+    return math.prod(tensor.shape) * _dtype(tensor, target).itemsize
+
+
+def _dtype(tensor: StoredTensor, target: torch.dtype | None) -> torch.dtype:
+    """What a tensor is written as."""
+    return target if target is not None and tensor.dtype in MIXED else tensor.dtype
 
 
 def _file_name(number: int, count: int) -> str:

@@ -2,8 +2,8 @@
 
     python scripts/evaluate_model.py runs/quickstart/run/sft/final --rows runs/quickstart/data/eval --out eval.json
 
-For every task it writes the model's metrics; the better, metric by metric, of its own with blank media (grey pictures and
-frames, silence) and of the best constant answer; and the answers themselves.
+For every task it writes the model's metrics; beside them, metric by metric, the better of its own with blank media
+(grey pictures and frames, silence) and of the best constant answer; and the answers themselves.
 """
 
 import argparse

@@ -3,12 +3,14 @@
     python scripts/quickstart.py --out runs/quickstart --seed 0
     python scripts/quickstart.py --out runs/quickstart-media --seed 0 --modalities image,audio,video
 
-The second also makes videos and sounds, and one model that sees and hears all of it: under fifteen minutes. Every step is an ordinary program of this project in a process of its own, with the command printed, so each can be
-tried alone. A step that is done is not done again: after an interruption the same command goes on. At the end stand a
-table, `OUT/report.json`, `OUT/chat.png` and `OUT/rows.html`, a page of rows as the model read them.
+The second also makes videos and sounds, and one model for all of it. Every step is an ordinary program of this project
+in a process of its own, with the command printed, so each can be tried alone. A step that is done is not done again:
+after an interruption the same command goes on. At the end stand a table, `OUT/report.json`, `OUT/chat.png` and
+`OUT/rows.html`, a page of rows as the model read them.
 """
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -18,19 +20,18 @@ from pathlib import Path
 
 import psutil
 
-from mllm.errors import CheckpointError, MllmError, user_errors
+from mllm.errors import CheckpointError, MllmError, OptionError, user_errors
 from mllm.evaluation.digits import TASKS_OF
 from mllm.evaluation.quickstart_report import draw_chat, format_table, summarize
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = {"data": 15, "backbones": 185, "train": 245, "look": 12, "evaluate": 18, "export": 12, "chat": 5}
 """Seconds each step may take on two cores: the spine eight minutes, what joins it ten with it."""
-MEDIA_BUDGET = {"data": 15, "videos": 25, "sounds": 30, "backbones": 240, "whisper": 45} | {
-    "train": 460, "look": 15, "evaluate": 55, "chat": 5
+MEDIA_BUDGET = {"data": 15, "videos": 25, "sounds": 30, "backbones": 270, "whisper": 45} | {
+    "train": 430, "look": 15, "evaluate": 55, "chat": 5
 }  # fmt: skip
 """With videos and sounds: fifteen minutes. No export: no stock class has three encoders' towers."""
 BUDGETS = {"image": BUDGET, "image,audio,video": MEDIA_BUDGET}
-MEDIA_STEPS = ("videos", "sounds", "backbones", "whisper", "train", "look", "evaluate")
 QUESTION = "What is in the picture?"
 
 
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--strict", action="store_true", help="end with status 2 where a threshold is missed")
     args = parser.parse_args()
     with user_errors():
+        check_packages(args.modalities)
         report = run(args.out, args.seed, args.modalities)
         if args.strict and report["missed"]:
             raise MllmError(
@@ -51,6 +53,21 @@ def main() -> None:
                 expected="every threshold of the table above",
                 do=f"see {args.out / 'report.json'}, and docs/log.md for what was tried",
             )
+
+
+def check_packages(modalities: str) -> None:
+    """Refuse to begin what cannot be ended: videos and sounds need packages that pictures do not.
+
+    Raises:
+        OptionError: One is not installed.
+    """
+    missing = [name for name in ("av", "soundfile", "soxr") if importlib.util.find_spec(name) is None]
+    if modalities != "image" and missing:
+        raise OptionError(
+            f"--modalities {modalities} without {', '.join(missing)}",
+            expected="the packages of the extra `data`",
+            do="python -m pip install '.[quickstart,data]'",
+        )
 
 
 def run(out: Path, seed: int, modalities: str) -> dict:
@@ -69,24 +86,24 @@ def run(out: Path, seed: int, modalities: str) -> dict:
     draw_chat(picture(out), QUESTION, done["chat"]["output"], out / "chat.png")
     print(format_table(report))
     print(f"\nreport: {out / 'report.json'}    picture: {out / 'chat.png'}    rows: {out / 'rows.html'}\n\nNext, try:")
-    for line in next_commands(out):
-        print(f"  {line}")
+    for hint in next_commands(out, modalities):
+        print(f"  {hint}")
     return report
 
 
 def command(name: str, out: Path, seed: int, modalities: str) -> list[str]:
     """The command line of one step."""
-    if modalities != "image" and name in MEDIA_STEPS:
-        program, *rest = map(str, media_arguments(name, out, seed))
-    else:
-        program, *rest = map(str, arguments(name, out, seed))
+    steps = picture_steps(out, seed)
+    if modalities != "image":
+        steps |= media_steps(out, seed)
+    program, *rest = map(str, steps[name])
     return [sys.executable, str(ROOT / program), *rest]
 
 
-def arguments(name: str, out: Path, seed: int) -> list:
-    """The program of one step, and what it is told."""
+def picture_steps(out: Path, seed: int) -> dict[str, list]:
+    """The program of each step, and what it is told."""
     data, parts, model = out / "data", out / "backbones", final_model(out)
-    steps: dict[str, list] = {
+    return {
         "data": ["data_recipes/digits.py", "--out", data, "--seed", seed],
         "backbones": ["scripts/train_digit_backbones.py", "--data", data, "--out", parts, "--seed", seed],
         "train": ["train/run.py", "train/configs/quickstart.yaml", "--output_dir", out / "run", "--data_root", data]
@@ -96,18 +113,18 @@ def arguments(name: str, out: Path, seed: int) -> list:
         + ["--model", model, "--rows", 6, "--html", out / "rows.html"],
         "evaluate": ["scripts/evaluate_model.py", model, "--rows", data / "eval", "--out", out / "evaluation.json"],
         "export": ["scripts/export.py", model, "--out", out / "export", "--rows", data / "eval" / "caption.jsonl"],
-        "chat": ["scripts/chat.py", model, "--image", picture(out) if name == "chat" else None],
+        "chat": ["scripts/chat.py", model, "--image", picture(out) if (out / "data").exists() else ""],
     }
-    return steps[name]
 
 
-def media_arguments(name: str, out: Path, seed: int) -> list:
-    """The same of the steps that are others, or there at all, with videos and sounds."""
+def media_steps(out: Path, seed: int) -> dict[str, list]:
+    """The steps that are others, or there at all, with videos and sounds."""
     data, videos, sounds, parts = out / "data", out / "videos", out / "sounds", out / "backbones"
-    steps: dict[str, list] = {
+    lessons = [videos / "lessons.jsonl", sounds / "lessons.jsonl"]
+    return {
         "videos": ["data_recipes/digits_videos.py", "--world", data, "--out", videos, "--seed", seed],
         "sounds": ["data_recipes/digits_sounds.py", "--world", data, "--out", sounds, "--seed", seed],
-        "backbones": [*arguments("backbones", out, seed), "--lessons", videos / "lessons.jsonl"],
+        "backbones": [*picture_steps(out, seed)["backbones"], "--lessons", *lessons],
         "whisper": ["scripts/train_digit_whisper.py", "--data", sounds, "--out", out / "whisper", "--seed", seed],
         "train": ["train/run.py", "train/configs/quickstart_modalities.yaml", "--output_dir", out / "run"]
         + ["--data_root", out, "--set", f"model.image.encoder={parts / 'encoder'}"]
@@ -119,7 +136,6 @@ def media_arguments(name: str, out: Path, seed: int) -> list:
         + [sounds / "eval", "--out", out / "evaluation.json", "--tasks"]
         + [task for modality in ("image", "video", "audio") for task in TASKS_OF[modality]],
     }
-    return steps[name]
 
 
 def run_step(line: list[str], *, says: str | None) -> dict:
@@ -204,16 +220,19 @@ def picture(out: Path) -> Path:
         return (rows.parent / json.loads(lines.readline())["media"][0]["path"]).resolve()
 
 
-def next_commands(out: Path) -> list[str]:
+def next_commands(out: Path, modalities: str) -> list[str]:
     """What to try now."""
     model = final_model(out)
-    return [
+    lines = [
         f"make demo MODEL={model}                    # chat in the browser",
         f"python scripts/chat.py {model} --image {picture(out)}",
         f"python scripts/export.py {model} --out my-export --push_to_hub ORG/NAME",
         f"python scripts/inspect_data.py audit --data {out / 'data' / 'caption.jsonl'}",
         "python train/run.py --help",
     ]
+    if modalities != "image":
+        lines[2] = f"python scripts/chat.py {model} --video {out / 'videos' / 'eval' / 'videos' / '000000.mp4'}"
+    return lines
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--encoder_steps", type=int, default=500)
     parser.add_argument("--llm_steps", type=int, default=2000, help="at most one pass over text.jsonl")
-    lessons = "further lessons for the language model, spread over the second half of text.jsonl"
+    lessons = "further lessons for the language model, see `read_lessons`"
     parser.add_argument("--lessons", type=Path, nargs="*", default=[], metavar="FILE", help=lessons)
     args = parser.parse_args()
     if not (args.data / "recipe.json").is_file():
@@ -208,19 +208,22 @@ def train_llm(lessons: list[Path], out: Path, steps: int) -> dict:
 
 
 def read_lessons(paths: list[Path]) -> tuple[list[dict], int]:
-    """The rows of the first file with those of the others spread evenly over its second half.
+    """The rows of the first file, and those of the others among them.
+
+    What is new is learned by itself first: two thirds of each further file stand together in the middle of the first
+    file, the rest is spread evenly over what follows.
 
     Returns:
         The rows, and how many at their end, the last of each file, are held out.
     """
     rows, unseen = [], []
-    for path in paths:
+    for number, path in enumerate(paths):
         found = [json.loads(line) for line in path.open(encoding="utf-8")]
-        held_out = min(HELD_OUT, len(found) // 10)
-        first = 0.5 if rows else 0.0
-        kept = found[: len(found) - held_out]
-        rows += [(first + (1 - first) * place / len(kept), row) for place, row in enumerate(kept)]
+        kept = found[: len(found) - min(HELD_OUT, len(found) // 10)]
         unseen += found[len(kept) :]
+        for place, row in enumerate(kept):
+            moment = place / len(kept)
+            rows.append(((moment if not number else max(0.5, 1.5 * moment - 0.5), number), row))
     return [row for _, row in sorted(rows, key=lambda pair: pair[0])] + unseen, len(unseen)
 
 

@@ -1,8 +1,9 @@
 """Train the audio encoder that others download: a tiny Whisper, for the sounds of the digits world.
 
-Its encoder learns to name, for every hundredth part of two seconds, whether something sounds, the first, the second, ...
-of what sounds it is, how high, and whether the pitch goes up or down, in it or from the one before. The decoder that a Whisper checkpoint holds as well stays as it was initialised: nobody here uses it.
-From then on every program treats the checkpoint as if it had been downloaded.
+Its encoder learns to name, for every hundredth part of two seconds, whether something sounds, which of the things that
+sound it is, how high, and how its pitch changes, in it or from the one before. The decoder that a Whisper checkpoint
+also holds stays as it was initialised: nobody here uses it. From then on every program treats it as if it had
+been downloaded.
 
     python scripts/train_digit_whisper.py --data runs/digits_sounds --out runs/backbones_audio
 """
@@ -123,7 +124,7 @@ def read_tracks(path: Path, extractor: WhisperFeatureExtractor) -> tuple[torch.T
 
 
 def name_moments(events: list[list[float]]) -> np.ndarray:
-    """For the middle of each feature, [3, features]: which event sounds (none: 0), its class of pitch, and its change."""
+    """For the middle of each feature, [3, features]: which event sounds (none: 0), its pitch, and its change."""
     moments, before = (np.arange(FEATURES) + 0.5) * SECONDS / FEATURES, None
     labels = np.full((3, FEATURES), IGNORED)
     labels[0] = 0

@@ -87,7 +87,7 @@ def parse_args() -> argparse.Namespace:
 def build_page(chat: Chat, args: argparse.Namespace, *, uploads: Path) -> gr.ChatInterface:
     """The page: a conversation, a box to write and attach in, and two settings."""
     kinds = chat.processor.media_kinds
-    things = " or ".join(WORDS[kind] for kind in kinds) or "nothing"
+    things = " or ".join(", ".join(WORDS[kind] for kind in kinds).rsplit(", ", 1))
 
     def answer(message: dict, history: list[dict], max_new_tokens: float, temperature: float) -> Iterator[dict]:
         try:

@@ -20,7 +20,7 @@ from mllm.assemble.options import TOWERS, tower_options
 from mllm.assemble.qformers import begin, connector_start, question_options
 from mllm.assemble.tiles import geometry_of
 from mllm.assemble.tower import Tower
-from mllm.assemble.video import video_tower
+from mllm.assemble.video import asked_of_frames, video_tower
 from mllm.checkpoints import atomic_directory
 from mllm.errors import CompositionError
 from mllm.models import MllmConfig, MllmForConditionalGeneration
@@ -90,7 +90,10 @@ def assemble(
         rules={modality: tower.config.media_rule for modality, tower in towers.items()},
         geometry=geometry_of(options["image"].tiles, options["image"].geometry) if "image" in towers else "pad",
         chat_template=chat_template,
-        **question_options(starts),
+        **asked_of_frames(
+            question_options(starts, {modality: tower.config.connector for modality, tower in towers.items()}),
+            video=towers.get("video"),
+        ),
     )
     model.generation_config = generation_config(llm, processor)
     return model, processor

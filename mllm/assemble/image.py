@@ -1,6 +1,6 @@
 """The image tower of a composition."""
 
-from mllm.assemble.mixed import ReadEncoder, is_mixed, mixed_encoder
+from mllm.assemble.mixed import ReadEncoder, is_mixed, mixed_encoder, seen_size
 from mllm.assemble.options import ImageTowerOptions
 from mllm.assemble.tiles import check_tiles, tile_rule
 from mllm.assemble.tower import Tower
@@ -45,8 +45,10 @@ def _read_several(options: ImageTowerOptions) -> ReadEncoder:
     """Several encoders, see `mllm.assemble.mixed`."""
     if options.feature_select is not None:
         _check_feature_select(options.feature_select)
+    alone = isinstance(options.encoder, str)
     read = mixed_encoder(
-        options.encoder,
+        [{"encoder": options.encoder, "image_size": options.image_size}] if alone else options.encoder,
+        image_size=options.image_size,
         join=options.join,
         feature_layer=options.feature_layer,
         feature_select=options.feature_select,
@@ -64,7 +66,7 @@ def _read_several(options: ImageTowerOptions) -> ReadEncoder:
 def _read_one(path: str, options: ImageTowerOptions) -> ReadEncoder:
     encoder, num_prefix_tokens = load_encoder(path, feature_layer=options.feature_layer)
     rule = {
-        "image_size": side(encoder.config.image_size),
+        "image_size": seen_size(encoder.config, options.image_size, where=path),
         "patch_size": side(encoder.config.patch_size),
         "num_prefix_tokens": num_prefix_tokens,
         "feature_select": _feature_select(options.feature_select, num_prefix_tokens, encoder.config.model_type),

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
 from mllm.assemble.reading import read_config
 from mllm.errors import CompositionError, OptionError
 from mllm.models import MixedEncoder, MixedEncoderConfig
-from mllm.models.encoders import encoder_family, feature_width, grid_side, load_encoder, side
+from mllm.models.encoders import ENCODERS, encoder_family, feature_width, grid_side, load_encoder, side
 from mllm.models.mixed_configuration import ENCODER_NAMES
 from mllm.models.query_encoder import load_query_encoder
 from mllm.processing.build import load_image_processor
@@ -28,7 +28,8 @@ class MixedPartOptions:
     Args:
         encoder: Directory or Hub id.
         feature_layer: As the tower's, which is taken where this is absent; of a ConvNeXt a layer is a stage.
-        image_size: Side of the square that it sees, for convolutional encoders; by default what it was trained on.
+        image_size: Side of the square that it sees, for encoders that read any: ConvNeXt and DINO; by default what
+            their configurations say, which is 518 for the published DINOv2.
         queries: Of a BLIP-2 checkpoint, whether its Q-Former's output are the features, as in SPHINX and Video-LLaMA,
             in place of its image encoder's patches.
     """
@@ -116,7 +117,25 @@ def streams_of(choice: Encoders, join: str) -> list[list[MixedPartOptions]]:
     return [[one for stream in streams for one in stream]]
 
 
-def mixed_encoder(choice: Encoders, *, join: str, feature_layer: int, feature_select: str | None) -> ReadEncoder:
+def seen_size(config: PreTrainedConfig, wanted: int | None, *, where: str) -> int:
+    """Side of the square that an encoder sees: as its configuration has it, or as wanted.
+
+    Raises:
+        CompositionError: It reads no other than its own.
+    """
+    own = side(config.image_size)
+    if wanted not in (None, own) and not ENCODERS[config.model_type].is_resizable:
+        raise CompositionError(
+            f"image_size = {wanted} for {where}, a {config.model_type!r} model made for {own} pixels",
+            expected="that size: its table of positions is made for it",
+            do="leave `image_size` out; what one of several encoders sees is made that large for it",
+        )
+    return own if wanted is None else wanted
+
+
+def mixed_encoder(
+    choice: Encoders, *, join: str, feature_layer: int, feature_select: str | None, image_size: int | None = None
+) -> ReadEncoder:
     """Load several image encoders and describe what they make of an image together.
 
     Args:
@@ -126,6 +145,8 @@ def mixed_encoder(choice: Encoders, *, join: str, feature_layer: int, feature_se
         feature_layer: Of encoders that do not state their own.
         feature_select: "full" puts a class token in front of each grid, the grid's mean where an encoder has none;
             else patches alone.
+        image_size: Side of the square that an image is brought to before each encoder sees it in its own size; by
+            default the largest of those.
 
     Raises:
         CompositionError, OptionError: They cannot be read or joined.
@@ -141,7 +162,7 @@ def mixed_encoder(choice: Encoders, *, join: str, feature_layer: int, feature_se
             for part in parts
         ],
         streams=described,
-        image_size=max(part.image_size for part in parts),
+        image_size=image_size or max(part.image_size for part in parts),
     )
     lengths = [_length(stream, parts) for stream in described]
     first_side = described[0]["side"] or 1
@@ -184,17 +205,10 @@ def _load(options: MixedPartOptions, feature_layer: int) -> _Part:
     config = read_config(path, "image.encoder")
     if options.queries:
         return _load_queries(options)
-    family = encoder_family(config.model_type, where=path)
+    encoder_family(config.model_type, where=path)
     layer = feature_layer if options.feature_layer is None else options.feature_layer
     encoder, _ = load_encoder(path, feature_layer=layer)
-    own_size = side(encoder.config.image_size)
-    image_size = own_size if options.image_size is None else options.image_size
-    if family.features != "map" and image_size != own_size:
-        raise CompositionError(
-            f"image_size = {image_size} for {path}, a {config.model_type!r} model made for {own_size} pixels",
-            expected="that size: its table of positions is made for it",
-            do="leave `image_size` out; what an encoder sees is made that large for it",
-        )
+    image_size = seen_size(encoder.config, options.image_size, where=path)
     grid = grid_side(encoder.config, image_size)
     if grid == 0:
         raise CompositionError(

@@ -30,6 +30,8 @@ class ImageTowerOptions:
             differs. None for the image as a whole.
         join: Of several encoders: "channels" joins the grids of all, cell by cell; "sequence" keeps each entry of the
             list as a stream of features of its own, and an entry that is a list is joined by channels.
+        image_size: Side of the square that an image is brought to, for encoders that read any (ConvNeXt, DINO); of
+            several, each then sees it in its own size. By default what the encoder, or the one that sees most, has.
     """
 
     encoder: Encoders
@@ -39,6 +41,7 @@ class ImageTowerOptions:
     geometry: str | None = None
     tiles: Tiles | None = None
     join: str = "channels"
+    image_size: int | None = None
 
     def __post_init__(self):
         streams_of(self.encoder, self.join)
@@ -67,7 +70,7 @@ class AudioTowerOptions:
     encoder: str
     connector: Connector | None = None
     feature_layer: int = -1
-    window_seconds: float | None = None
+    window_seconds: float | int | None = None
     pool_time: bool = False
     counts_silence: bool = False
     clips: int = 0
@@ -81,7 +84,8 @@ class VideoTowerOptions:
     Args:
         connector: How the frames' features reach the language model's width.
         frames: Which frames are seen: "uniform:8", "fps:2", ... (see `mllm.sizes.sampling`).
-        timestamps: Whether the prompt says when each frame is shown; for connectors that read frame by frame.
+        timestamps: Whether the prompt says when each frame is shown: before its tokens, or in a sentence behind those
+            of a connector that reads all frames as one sequence.
         through_image_connector: Whether frames pass the image tower's connector before their own, which then reads
             what that one made of each frame, as Video-LLaMA's video Q-Former does.
     """

@@ -79,18 +79,26 @@ class Fitted(NamedTuple):
     left: list[str]
 
 
-def read_weights(path: str, model_type: str) -> Weights:
-    """Read what is of the Q-Former in a checkpoint, and nothing else.
+def check_family(model_type: str, *, where: str) -> None:
+    """Refuse a checkpoint of a type that no Q-Former can begin with.
 
     Raises:
-        CompositionError: It is of another family, or has no weights in safetensors files.
+        CompositionError: It is of such a type.
     """
     if model_type not in FAMILIES:
         raise CompositionError(
-            f"init_from = {path!r}, a {model_type!r} model",
+            f"init_from = {where!r}, a {model_type!r} model",
             expected=f"a checkpoint of one of these types: {', '.join(FAMILIES)}",
             do="name another checkpoint as `init_from`, or leave it out",
         )
+
+
+def read_weights(path: str, model_type: str) -> Weights:
+    """Read what is of the Q-Former in a checkpoint of a type that has one, and nothing else.
+
+    Raises:
+        CompositionError: It has no weights in safetensors files.
+    """
     family = FAMILIES[model_type]
     found = read_tensors(path, lambda name: re.search(family.wanted, _renamed(name, family.names)) is not None)
     tensors = {}

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from mllm.assemble.options import Connector as Choice
-from mllm.assemble.qformer_weights import fit_weights, read_weights
+from mllm.assemble.qformer_weights import check_family, fit_weights, read_weights
 from mllm.assemble.reading import read_config
 from mllm.errors import CompositionError
 from mllm.models.connectors import Connector, connector_options, written_connector
@@ -50,6 +50,7 @@ def connector_start(choice: Choice | None) -> Start:
         return Start(choice)
     source = None if options.init_from is None else read_config(options.init_from, "init_from")
     if source is not None:
+        check_family(source.model_type, where=str(options.init_from))
         _check_heads(options, source)
     built = {**written_connector(choice), "init_from": None}
     if not isinstance(options, InstructQFormerOptions):
@@ -71,8 +72,9 @@ def begin(connector: Connector, start: Start) -> None:
         return
     model_type = read_config(start.init_from, "init_from").model_type
     fitted = fit_weights(connector, read_weights(start.init_from, model_type), where=start.init_from)
-    connector.load_state_dict(fitted.weights, strict=False)
-    logger.info(
+    connector.load_state_dict({**connector.state_dict(), **fitted.weights})
+    logger.log(
+        logging.WARNING if fitted.fresh else logging.INFO,
         "%d of %d weights of the connector come from %s; fresh: %s; left behind: %s",
         len(fitted.weights),
         len(connector.state_dict()),
@@ -82,12 +84,23 @@ def begin(connector: Connector, start: Start) -> None:
     )
 
 
-def question_options(starts: Mapping[str, Start]) -> dict[str, Any]:
+def question_options(starts: Mapping[str, Start], built: Mapping[str, Choice]) -> dict[str, Any]:
     """The tokenizer of questions, and who reads how many tokens of one, as `build_processor` takes them.
 
+    Args:
+        starts: Of each modality.
+        built: Its connector, as it is written; that of another model where it was taken from one.
+
     Raises:
-        CompositionError: Two connectors read questions with different tokenizers.
+        CompositionError: A connector has no tokenizer, or two have different ones.
     """
+    for modality, written in built.items():
+        if isinstance(connector_options(written)[1], InstructQFormerOptions) and not starts[modality].tokenizer:
+            raise CompositionError(
+                f"an `instruct_qformer` of another model for {modality}, without its tokenizer for questions",
+                expected="`connector` beside `connector_from`, with its options and its `tokenizer`",
+                do="write it as in the plan of that model",
+            )
     readers = {modality: start for modality, start in starts.items() if start.tokenizer is not None}
     if not readers:
         return {}
@@ -124,8 +137,8 @@ def _question_tokenizer(options: InstructQFormerOptions, source: PreTrainedConfi
 
 def _check_heads(options: QFormerOptions, source: PreTrainedConfig) -> None:
     """Of all sizes the only one that the shapes of the weights do not tell."""
-    own = source if source.model_type == "bert" else getattr(source, "qformer_config", None)
-    if own is not None and own.num_attention_heads != options.heads:
+    own = source if source.model_type == "bert" else source.qformer_config
+    if own.num_attention_heads != options.heads:
         raise CompositionError(
             f"init_from = {options.init_from!r}, of {own.num_attention_heads} heads",
             expected=f"heads: {options.heads}, as the connector has",

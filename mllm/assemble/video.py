@@ -1,5 +1,8 @@
 """The video tower of a composition."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from mllm.assemble.options import VideoTowerOptions
 from mllm.assemble.tower import Tower
 from mllm.errors import CompositionError
@@ -25,12 +28,6 @@ def video_tower(options: VideoTowerOptions, *, text_hidden_size: int, image: Tow
             do="add `image: {encoder: ...}` under `model`",
         )
     _, connector = connector_options(options.connector)
-    if options.timestamps and connector.per == "item":
-        raise CompositionError(
-            "timestamps, and a connector that reads all frames as one sequence",
-            expected="a connector that reads frame by frame, so that each can stand behind its time",
-            do="set `per: view` for the connector, or leave `timestamps` out",
-        )
     features = image.config.media_rule.views((1, 1))[0]
     if options.through_image_connector:
         features = image.config.media_rule.connector.count(features)
@@ -55,19 +52,26 @@ def video_tower(options: VideoTowerOptions, *, text_hidden_size: int, image: Tow
     return Tower(None, config, None)
 
 
+def asked_of_frames(questions: Mapping[str, Any], *, video: Tower | None) -> dict[str, Any]:
+    """What `question_options` gave, with the questions of videos whose frames pass an image connector that reads them.
+
+    Args:
+        questions: For `build_processor`.
+        video: The video tower; None for none.
+    """
+    tokens = dict(questions.get("question_tokens") or {})
+    if video is not None and video.config.through_image_connector and "image" in tokens:
+        tokens["video"] = min(tokens["image"], tokens.get("video", tokens["image"]))
+    return {**questions, "question_tokens": tokens} if tokens else dict(questions)
+
+
 def _check_rule(rule: VideoTokenRule) -> None:
-    """Refuse what no video would fit: too few positions, or a grid made of many frames."""
+    """Refuse what no video would fit: too few positions, or no grid of features for a connector that needs one."""
     if rule.most_frames is not None and rule.choice.rule in FIXED and rule.choice.frames > rule.most_frames:
         raise CompositionError(
             f"video.frames = {rule.sampling!r}, and a connector with {rule.most_frames} positions",
             expected="a position for each frame: every video would be refused",
             do=f"set `positions: {rule.choice.frames}` for the connector, or sample at most {rule.most_frames} frames",
         )
-    if rule.is_joined and rule.connector.kind == "grid":
-        raise CompositionError(
-            "a connector that joins neighbours on a grid, and all frames of a video as one sequence",
-            expected="one grid at a time",
-            do="set `per: view` for the connector, or choose one that needs no grid",
-        )
     if not rule.is_joined:
-        rule.connector.count(rule.features)  # a grid that is no square is named now
+        rule.connector.count(rule.features)

@@ -31,7 +31,7 @@ def bounded_lengths(rows: Mixture, processor: TrainingProcessor) -> np.ndarray:
 
 
 def lengths_of_media(rows: Mixture, processor: TrainingProcessor) -> np.ndarray:
-    """The tokens that the media of every row become: of images by their rule, of sounds at most."""
+    """The tokens that the media of every row become: of images by their rule, of sounds and videos at most."""
     return _joined(rows, lambda index: media_tokens(index, processor))
 
 

@@ -49,6 +49,8 @@ def summarize(out: Path, *, seed: int, steps: dict[str, dict], budget: dict[str,
         export = _read(out / "export" / "export_report.json")
         report |= {f"export_{name}": export[name] for name in COPIED}
     report["parameters"] = _read(out / "backbones" / "report.json").get("parameters", {})
+    if "whisper" in budget:
+        report["parameters"]["audio_encoder"] = _read(out / "whisper" / "report.json")["parameters"]
     report["seconds"] = {name: round(step["seconds"], 1) for name, step in steps.items()}
     report["seconds_total"] = round(sum(step["seconds"] for step in steps.values()), 1)
     report["seconds_budget"] = budget

@@ -82,11 +82,14 @@ def question_of(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 def blanked(item: MediaInput) -> MediaInput:
     """A medium of the same size that shows or plays nothing."""
+    data: Any
     if item.kind == "audio":
-        return item._replace(data=np.zeros_like(item.data))
-    if item.kind == "video":
-        return item._replace(data=[Image.new("RGB", frame.size, GREY) for frame in item.data])
-    return item._replace(data=Image.new("RGB", item.data.size, GREY))
+        data = np.zeros_like(item.data)
+    elif item.kind == "video":
+        data = [Image.new("RGB", frame.size, GREY) for frame in item.data]
+    else:
+        data = Image.new("RGB", item.data.size, GREY)
+    return MediaInput(item.kind, data, item.size, item.row)
 
 
 def _fill(item: dict[str, Any], media: Iterator[dict[str, Any]]) -> dict[str, Any]:

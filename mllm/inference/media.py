@@ -64,21 +64,21 @@ def read_medium(content: Mapping[str, Any], *, name: str) -> Medium:
     """
     kind = content["type"]
     source = content.get(kind)
-    if not isinstance(source, ImageSource if kind == "image" else FileSource):
+    if kind == "image" and isinstance(source, ImageSource):
+        height, width = image_size(source, where=name)
+        return Medium(MediaItem("image", None, height, width), source, name)
+    if kind == "image" or not isinstance(source, FileSource):
         raise MediaError(
             f"{name} given as {type(source).__name__}",
             expected=f"{'a PIL image, a path' if kind == 'image' else 'a path'} or bytes under the key `{kind}`",
             do=f'write the item as {{"type": "{kind}", "{kind}": ...}}',
         )
-    if kind == "image":
-        height, width = image_size(source, where=name)
-        return Medium(MediaItem("image", None, height, width), source, name)
-    source = Path(source) if isinstance(source, str) else source
-    facts = probe_media(kind, source, where=name)
+    file = Path(source) if isinstance(source, str) else source
+    facts = probe_media(kind, file, where=name)
     item = MediaItem(kind, None, facts.height, facts.width, facts.frames, facts.seconds)
     if kind == "audio" and not facts.seconds:
-        item = replace(item, seconds=_decoded_seconds(source, name))
-    return Medium(_cut(item, content.get("start"), content.get("end"), name), source, name)
+        item = replace(item, seconds=_decoded_seconds(file, name))
+    return Medium(_cut(item, content.get("start"), content.get("end"), name), file, name)
 
 
 def counted(kinds: list[str]) -> str:

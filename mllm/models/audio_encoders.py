@@ -78,7 +78,7 @@ def load_audio_encoder(path: str, *, feature_layer: int, pool_time: bool = False
     )
 
 
-def encoder_window(encoder: PreTrainedModel, extractor: Any, seconds: float | None) -> Window:
+def encoder_window(encoder: PreTrainedModel, extractor: Any, seconds: float | int | None) -> Window:
     """What an encoder reads at once: as much as it was made for, or less, to which it is then cut.
 
     Raises:

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import ModelOutput
 
+from mllm.errors import CompositionError
 from mllm.shapes import Tensor
 
 AST_FRAME, AST_HOP = 400, 160
@@ -100,13 +101,29 @@ class AudioEncoderFamily:
         return self.fixed if config.tie_last_hidden_states else (*self.fixed, *self.last_norm(config))
 
 
+def _check_pitches(config: PreTrainedConfig, found: int) -> None:
+    """The spectrogram has as many pitches as the encoder reads.
+
+    Raises:
+        CompositionError: It has others.
+    """
+    if found != config.num_mel_bins:
+        raise CompositionError(
+            f"preprocessing that gives spectrograms of {found} pitches, and a {config.model_type!r} encoder",
+            expected=f"{config.num_mel_bins}, which that encoder reads",
+            do="put the preprocessor_config.json of the encoder's own checkpoint beside it",
+        )
+
+
 def _whisper_window(config: PreTrainedConfig, extractor: Any, samples: int | None) -> Window:
     """Its table of positions decides: 1,500 features of 30 seconds for every published one."""
+    _check_pitches(config, extractor.feature_size)
     step = 2 * extractor.hop_length
     return Window(config.max_source_positions * step, step)
 
 
 def _pooled_window(config: PreTrainedConfig, extractor: Any, samples: int | None) -> Window:
+    _check_pitches(config, extractor.feature_size)
     step = 2 * extractor.hop_length
     return Window(config.max_source_positions * step, 2 * step, step + 1)
 
@@ -165,6 +182,7 @@ def _wave_norm(config: PreTrainedConfig) -> tuple[str, ...]:
 
 def _ast_window(config: PreTrainedConfig, extractor: Any, samples: int | None) -> Window:
     """Its table of positions decides: 1,024 frames, in columns of patches, for every published one."""
+    _check_pitches(config, extractor.num_mel_bins)
     step, rows = config.time_stride * AST_HOP, (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
     return Window(config.max_length * AST_HOP, step, AST_FRAME + (config.patch_size - 1) * AST_HOP, rows)
 
@@ -186,6 +204,7 @@ def _clap_grid(config: PreTrainedConfig) -> tuple[int, int]:
 
 def _clap_window(config: PreTrainedConfig, extractor: Any, samples: int | None) -> Window:
     """Ten seconds; what is shorter its preprocessing repeats, and the repetitions do not count."""
+    _check_pitches(config, extractor.feature_size)
     steps, features = _clap_grid(config)
     return Window(extractor.nb_max_samples, -(-extractor.nb_max_samples // steps), 1, features)
 

@@ -40,6 +40,7 @@ class EncoderFamily:
         key_mapping: Patterns of the names that a checkpoint has, and what they are in the encoder.
         features: "tokens", patches behind what stands in front of them; or "map", the last stage of a convolutional
             encoder, which `MixedEncoder` reads.
+        is_resizable: Whether it reads squares of other sides than the one it was trained on.
     """
 
     model_type: str
@@ -51,6 +52,7 @@ class EncoderFamily:
     kind: type[PreTrainedModel] | None = None
     key_mapping: dict[str, str] = field(default_factory=dict)
     features: str = "tokens"
+    is_resizable: bool = False
 
 
 def _with_registers(config: PreTrainedConfig) -> int:
@@ -65,6 +67,7 @@ def _convolutional(model_type: str) -> EncoderFamily:
         unexpected_prefixes=("classifier.",),
         unused=("layernorm",),
         features="map",
+        is_resizable=True,
     )
 
 
@@ -107,16 +110,23 @@ ENCODERS: dict[str, EncoderFamily] = {
     "siglip": _SIGLIP,
     "siglip_vision_model": _SIGLIP,
     "dinov2": EncoderFamily(
-        "dinov2", unexpected_prefixes=("classifier.",), unused=("layernorm", "embeddings.mask_token")
+        "dinov2",
+        unexpected_prefixes=("classifier.",),
+        unused=("layernorm", "embeddings.mask_token"),
+        is_resizable=True,
     ),
     "dinov2_with_registers": EncoderFamily(
         "dinov2_with_registers",
         num_prefix_tokens=_with_registers,
         unexpected_prefixes=("classifier.",),
         unused=("layernorm", "embeddings.mask_token"),
+        is_resizable=True,
     ),
     "dinov3_vit": EncoderFamily(
-        "dinov3_vit", num_prefix_tokens=_with_registers, unused=("norm", "embeddings.mask_token")
+        "dinov3_vit",
+        num_prefix_tokens=_with_registers,
+        unused=("norm", "embeddings.mask_token"),
+        is_resizable=True,
     ),
     "vit": EncoderFamily("vit", unexpected_prefixes=("classifier.",), unused=("layernorm", "pooler")),
     "blip-2": _BLIP_2,

@@ -17,20 +17,17 @@ def grid_of_tokens(tokens: Float[Tensor, "views L D"], num_prefix_tokens: int) -
 
 
 def align_grid(grid: Grid, side: int) -> Grid:
-    """Bring a square grid to another side.
+    """Bring a square grid to a larger side.
 
-    - To a multiple of its own, every cell is repeated: SPHINX does so to the 8 x 8 cells of its ConvNeXt.
-    - To a divisor of its own, cells are averaged.
-    - To any other, values are interpolated between the cells' centres (bilinear; over larger areas where it shrinks).
+    To a multiple of its own, every cell is repeated: SPHINX does so to the 8 x 8 cells of its ConvNeXt. To any other,
+    values are interpolated between the cells' centres, bilinearly.
     """
     own = grid.shape[-1]
     if own == side:
         return grid
     if side % own == 0:
         return grid.repeat_interleave(side // own, dim=2).repeat_interleave(side // own, dim=3)
-    if own % side == 0:
-        return functional.avg_pool2d(grid, own // side)
-    return functional.interpolate(grid, (side, side), mode="bilinear", align_corners=False, antialias=True)
+    return functional.interpolate(grid, (side, side), mode="bilinear", align_corners=False)
 
 
 def join_channels(grids: list[Grid], side: int) -> Float[Tensor, "views cells _"]:

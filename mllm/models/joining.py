@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mllm.models.modeling import is_called_together
+from mllm.models.ranks import is_called_together
 from mllm.shapes import Float, Tensor
 
 

@@ -15,7 +15,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutpu
 
 from mllm.models.audio_encoders import audio_features
 from mllm.models.configuration import MllmConfig, MllmTowerConfig
-from mllm.models.connectors import Question, build_connector
+from mllm.models.connectors import Layout, Question, build_connector
+from mllm.models.connectors.base import Features
 from mllm.models.encoders import build_encoder, native_shape
 from mllm.models.fusion import placeholder_mask, scatter_features
 from mllm.models.loss import supervised_loss
@@ -28,8 +29,10 @@ from mllm.models.media import (
     sounding_samples,
     take_media,
 )
+from mllm.models.ranks import is_called_together
 from mllm.models.streams import split_streams
 from mllm.shapes import Bool, EncoderFeatures, Float, MediaFeatures, MediaValues, MediaVectors, Tensor, TokenIds
+from mllm.sizes import num_vectors
 from mllm.sizes.audio import AudioTokenRule
 
 
@@ -43,23 +46,6 @@ class MllmOutput(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
-
-
-def is_called_together(module: nn.Module, *, training: bool) -> bool:
-    """Whether the ranks have to call a module equally often.
-
-    Ranks that train or shard a module run its collectives together: one that skips it leaves the others waiting for
-    ever (DeepSpeed issue 7170). What is whole and frozen on every rank has no collectives; what is whole has none
-    outside of training.
-    """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return False
-    if torch.distributed.get_world_size() == 1:
-        return False
-    parameters = list(module.parameters())
-    # Of ZeRO-3 and of FSDP2.
-    is_sharded = any(hasattr(parameter, "ds_id") or hasattr(parameter, "device_mesh") for parameter in parameters)
-    return is_sharded or (training and any(parameter.requires_grad for parameter in parameters))
 
 
 class MllmPreTrainedModel(PreTrainedModel):
@@ -107,7 +93,7 @@ class MllmTower(PreTrainedModel):
         """
         super().train(mode)
         if mode and self.encoder is not None:
-            norms = [module for module in self.encoder.modules() if isinstance(module, nn.BatchNorm2d)]
+            norms = [one for one in self.encoder.modules() if isinstance(one, nn.BatchNorm1d | nn.BatchNorm2d)]
             for module in [self.encoder] if self.is_encoder_frozen else norms:
                 module.eval()
         return self
@@ -134,6 +120,7 @@ class MllmTower(PreTrainedModel):
         return encoded
 
     def _call_encoder(self, values: MediaValues, samples: Tensor | None = None) -> EncoderFeatures:
+        assert self.encoder is not None, "frames go to the image tower"
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_encoder_frozen):
             if isinstance(self.rule, AudioTokenRule):
                 return audio_features(self.encoder, values.to(self.encoder.dtype), rule=self.rule, samples=samples)
@@ -162,8 +149,18 @@ class MllmTower(PreTrainedModel):
         features = features.to(self.dtype)
         if lengths := self.config.feature_lengths:
             streams = split_streams(features, lengths=lengths, widths=self.config.feature_sizes)
-            return self.connector(streams, layout, question)
-        return self.connector(features, layout, question)
+            return self._connected(streams, layout, question)
+        return self._connected(features, layout, question)
+
+    def _connected(
+        self, features: Features, layout: Layout | None, question: Question | None
+    ) -> MediaFeatures | list[MediaVectors]:
+        """The connector's vectors, parted here by item: one tensor leaves it, whatever the number of items."""
+        if layout is None:
+            return self.connector(features, None, question)
+        vectors = self.connector(features, layout, question, as_one=True)
+        items = zip(layout.views, layout.sizes, strict=True)
+        return list(vectors.split([num_vectors(views, size, self.rule) for views, size in items]))
 
     def native_zeros(self) -> MediaValues:
         """One view of the encoder's native shape, for ranks that have no media."""
@@ -299,7 +296,8 @@ class MllmModel(MllmPreTrainedModel):
         if joins_ranks:
             media = [self._filled(one) if one.modality in missing else one for one in media]
         connected = self._encode_and_connect([one for one in media if not one.is_empty])
-        zeros = [0.0 * sum(item.sum() for item in connected.pop(name)) for name in missing & connected.keys()]
+        filled = [one.modality for one in media if one.modality in missing and one.modality in connected]
+        zeros = [0.0 * sum(item.sum() for item in connected.pop(modality)) for modality in filled]
         return connected, sum(zeros[1:], zeros[0]) if zeros else None
 
     def _encode_and_connect(self, media: list[Media]) -> dict[str, MediaFeatures | list[MediaVectors]]:
@@ -307,8 +305,8 @@ class MllmModel(MllmPreTrainedModel):
         features = {one.modality: one.features for one in media if one.features is not None}
         for encoder, group in self._by_encoder([one for one in media if one.features is None]).items():
             sizes = group[0].sizes if len(group) == 1 else None  # images and frames are whole views
-            encoded = self.towers[encoder].encode(torch.cat([one.values for one in group]), sizes)
-            parts = encoded.split([len(one.values) for one in group])
+            values = [one.values for one in group if one.values is not None]
+            parts = self.towers[encoder].encode(torch.cat(values), sizes).split([len(one) for one in values])
             features |= {one.modality: part for one, part in zip(group, parts, strict=True)}
         return {one.modality: self._connect(one, features[one.modality]) for one in media}
 
@@ -356,8 +354,6 @@ class MllmModel(MllmPreTrainedModel):
         With features at hand that is the connector alone.
         """
         modules: list[nn.Module] = [self.towers[media.modality]]
-        if self.towers[media.modality].config.through_image_connector:
-            modules.append(self.towers["image"].connector)
         if media.features is None:
             modules.append(self.towers[self._encoder_tower(media.modality)].encoder)
         if not any(is_called_together(module, training=self.training) for module in modules):

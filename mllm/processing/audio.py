@@ -118,8 +118,8 @@ def _read_samples(source: Path | bytes, start: float, end: float | None, samplin
     if not len(samples):
         raise MediaError(
             f"{name} ends before start = {start:g}" if start else f"{name} holds no samples",
-            expected="sound behind the start",
-            do="correct the row's `start`, or drop it",
+            expected="sound behind the start" if start else "a sound with samples",
+            do="correct its `start`, or leave it out" if start else "leave it out",
         )
     return _resample(samples, rate, sampling_rate)
 

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mllm.errors import OptionError, RowError
-from mllm.processing import TrainingProcessor
+from mllm.processing import MllmProcessor, TrainingProcessor
 from mllm.processing.chat import ChatEncoder
 from mllm.processing.control import control_tokens
 from mllm.processing.messages import assistant_weights, plain_messages, words_of
 from mllm.processing.stock import StockProcessor
 from mllm.processing.templates import TEMPLATES, named_template
-from mllm.sizes import MediaSize
+from mllm.sizes import MediaSize, kind_of_size
 
 REMEMBERED_SHAPES = 10_000
 # Private-use characters around a text's number. Not blanks, so that a template trims around them as around words.
@@ -63,6 +63,7 @@ class ChatLengths:
         self.processor = processor
         self._encoder: ChatEncoder = processor.chat_encoder()
         self._is_ours = treats_texts_as_opaque(processor)
+        self._kinds = tuple(processor.media_kinds) or ("image",)
         control = control_tokens(processor.tokenizer, *processor.media_tokens, processor.end_of_turn_token)
         self._first_letters = tuple({token[0] for token in control if len(token) > 1})
         self._shapes: dict[_Key, _Shape | None] = {}
@@ -81,26 +82,39 @@ class ChatLengths:
         return len(encoded.input_ids)
 
     def _tokenized(self, chats: Sequence[Chat], texts: list[str | None]) -> list[int | None]:
-        """Lengths of rendered texts; None where there is no text, or where placeholders and images disagree."""
+        """Lengths of rendered texts; None where there is no text, or where placeholders and media disagree."""
         lengths: list[int | None] = [None] * len(texts)
-        backend, placeholder = self._encoder.backend(), self._encoder.image_token_id
+        backend, placeholders = self._encoder.backend(), self._encoder.placeholder_ids
         for adds in (False, True):
             numbers = [n for n, text in enumerate(texts) if text is not None and self._adds_special(text) is adds]
             batch = backend.encode_batch_fast([str(texts[n]) for n in numbers], add_special_tokens=adds)
             for number, encoding in zip(numbers, batch, strict=True):
                 sizes = chats[number].media_sizes
-                if (0 if placeholder is None else encoding.ids.count(placeholder)) == len(sizes):
-                    images = sum(map(self.processor.most_tokens, sizes))
-                    lengths[number] = len(encoding) - len(sizes) + images
+                if sum(map(encoding.ids.count, placeholders)) == len(sizes):
+                    media = self._media_tokens(sizes)
+                    lengths[number] = None if media is None else len(encoding) - len(sizes) + media
         return lengths
+
+    def _media_tokens(self, sizes: Sequence[MediaSize]) -> int | None:
+        """The tokens that media become; None where one is refused, or has words of its own between them."""
+        assert isinstance(self.processor, MllmProcessor)  # under a stock one nothing is rendered
+        try:
+            items = [self.processor.expansion(size) for size in sizes]
+        except RowError:
+            return None
+        if any(item.text != self.processor.placeholders[item.kind] for item in items):
+            return None
+        return sum(sum(item.runs) for item in items)
 
     def _rendered(self, chat: Chat) -> str | None:
         """The template's output for a conversation, None where only `encode` can say."""
         if not self._is_ours:
             return None
         try:
-            turns, kinds = plain_messages(chat.messages, where=chat.where)
-            if len(kinds) != len(chat.media_sizes) or any(map(self._may_be_control, words_of(turns))):
+            turns, kinds = plain_messages(chat.messages, where=chat.where, kinds=self._kinds)
+            if kinds != [kind_of_size(size) for size in chat.media_sizes]:
+                return None
+            if any(map(self._may_be_control, words_of(turns))):
                 return None
             key, texts = _taken_apart(turns)
             if key not in self._shapes:

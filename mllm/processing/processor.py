@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, ProcessorMixin
 from transformers.image_utils import make_flat_list_of_images
@@ -93,7 +94,7 @@ class MllmProcessor(ProcessorMixin):
         self.video_token = video_token if "video" in self.rules else None
         self.question_tokens = dict(question_tokens or {})
         self._encoder: ChatEncoder | None = None
-        self._rules = {kind: read_rule(rule) for kind, rule in self.rules.items()}
+        self._rules: dict[str, Any] = {kind: read_rule(rule) for kind, rule in self.rules.items()}
 
     @property
     def image_token_id(self) -> int | None:
@@ -181,9 +182,9 @@ class MllmProcessor(ProcessorMixin):
         inputs: dict[str, Tensor] = {}
         if images := by_kind.get("image"):
             pictures = [item.data for item in images]
-            inputs |= encode_views(pictures, self.rule("image"), self.image_processor, self.encode_images)
+            inputs |= encode_views(pictures, self._rules["image"], self.image_processor, self.encode_images)
         if sounds := by_kind.get("audio"):
-            inputs |= encode_sounds(sounds, self.feature_extractor, self.rule("audio"))
+            inputs |= encode_sounds(sounds, self.feature_extractor, self._rules["audio"])
         if videos := by_kind.get("video"):
             inputs |= encode_videos(videos, self.encode_images)
         return inputs
@@ -212,7 +213,7 @@ class MllmProcessor(ProcessorMixin):
             MediaError: The row says another length than the file has, or of an image in tiles another size.
         """
         if item.kind == "image":
-            return fitted_image(item, self.rule("image"), where=where)
+            return fitted_image(item, self._rules["image"], where=where)
         return fitted_sound(item, int(self.sampling_rate or 0), where=where) if item.kind == "audio" else item
 
     def media_rule(self) -> str:
@@ -230,6 +231,14 @@ class MllmProcessor(ProcessorMixin):
         """Stock `__call__` asks what to write for an image: its placeholders."""
         height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
         return str(self.image_token) * self.num_image_tokens(height, width)
+
+    def _process_audio(self, audio: Sequence[Any], **kwargs) -> tuple[dict[str, Tensor], list[str]]:
+        """Stock `__call__` asks for the inputs of sounds, arrays of samples, and what to write for each."""
+        rate = int(self.sampling_rate or 0)
+        items = [MediaInput("audio", np.asarray(one, np.float32), (len(one) / rate,)) for one in audio]
+        return self.encode_media(items), [
+            str(self.audio_token) * num_tokens(item.size, self.rule("audio")) for item in items
+        ]
 
     def num_image_tokens(self, height: int, width: int) -> int:
         """How many placeholders stand for an image of this size; 0 where the model reads none."""

@@ -58,12 +58,22 @@ def encode_windows(windows: Sequence[np.ndarray], extractor: Any, rule: AudioTok
     Raises:
         OptionError: As `encode_sounds`.
     """
-    kind = type(extractor).__name__
-    if kind not in _ENCODED:
+    check_extractor(extractor)
+    return _ENCODED[type(extractor).__name__](list(windows), extractor, rule).float()
+
+
+def check_extractor(extractor: Any) -> None:
+    """Check that this is a preprocessing of sounds that we know how to call.
+
+    Raises:
+        OptionError: It is another.
+    """
+    if type(extractor).__name__ not in _ENCODED:
         raise OptionError(
-            f"a {kind} for sounds", expected=f"one of {', '.join(_ENCODED)}", do="use the preprocessing of the encoder"
+            f"a {type(extractor).__name__} for sounds",
+            expected=f"one of {', '.join(_ENCODED)}",
+            do="use the preprocessing of the encoder's own checkpoint",
         )
-    return _ENCODED[kind](list(windows), extractor, rule).float()
 
 
 def _whisper(windows: list[np.ndarray], extractor: Any, rule: AudioTokenRule) -> Tensor:

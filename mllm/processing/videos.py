@@ -11,9 +11,14 @@ from mllm.shapes import Pixels, Tensor
 from mllm.sizes import MediaRule, MediaSize, num_tokens
 from mllm.sizes.video import VideoTokenRule
 
+SENTENCE = "The video contains {} frames sampled at {} seconds."
+"""Of Video-LLaMA's second stage (`load_video` in its `video_llama/processors/video_processor.py`)."""
+
 
 def video_text(size: MediaSize, rule: MediaRule, placeholder: str) -> Expansion:
-    """What a video becomes in the text: one run of placeholders, or a run for each frame behind its time.
+    """What a video becomes in the text: a run of placeholders, or with times a run for each frame behind its own.
+
+    Where all frames are read as one sequence, a sentence behind their run has all times.
 
     Example: two frames of two tokens with their times are "0.0s: <video><video>", a newline, "1.5s: <video><video>".
 
@@ -23,7 +28,11 @@ def video_text(size: MediaSize, rule: MediaRule, placeholder: str) -> Expansion:
     assert isinstance(rule, VideoTokenRule)
     if not rule.has_timestamps:
         return Expansion("video", placeholder, (num_tokens(size, rule),))
-    text = "\n".join(f"{_written(moment)}{placeholder}" for moment in rule.times(size))
+    times = [_written(moment) for moment in rule.times(size)]
+    if rule.is_joined:
+        sentence = SENTENCE.format(len(times), ", ".join(times))
+        return Expansion("video", f"{placeholder}\n{sentence}", (num_tokens(size, rule),))
+    text = "\n".join(f"{moment}s: {placeholder}" for moment in times)
     return Expansion("video", text, tuple(rule.connector.count(length) for length in rule.views(size)))
 
 
@@ -32,14 +41,17 @@ def most_video_tokens(seconds: float, rule: MediaRule) -> int:
     assert isinstance(rule, VideoTokenRule)
     frames = rule.most_frames_within(seconds)
     if rule.is_joined:
-        return rule.connector.count(frames * rule.features)
-    tokens = frames * rule.connector.count(rule.features)
-    # Of what is written, a character is a token at most, and so is the blank that some tokenizers put in front of it.
-    return tokens + frames * (len(_written(seconds)) + len("\n") + 1) * rule.has_timestamps
+        tokens = rule.connector.count(frames * rule.features)
+        written = len("\n" + SENTENCE.format(frames, ", ".join([_written(seconds)] * frames))) + 1
+    else:
+        tokens = frames * rule.connector.count(rule.features)
+        # A character is a token at most, and so is the blank that some tokenizers put in front of a text.
+        written = frames * (len(f"{_written(seconds)}s: \n") + 1)
+    return tokens + written * rule.has_timestamps
 
 
 def _written(moment: float) -> str:
-    return f"{moment:.1f}s: "
+    return f"{moment:.1f}"
 
 
 def encode_videos(

@@ -3,7 +3,7 @@
 from mllm.sizes.images import ImageTokenRule
 from mllm.sizes.lengths import EACH, LengthRule
 from mllm.sizes.media import LONGEST_SOUND, MediaSize, kind_of_size
-from mllm.sizes.rules import MediaRule, num_joined_tokens, num_tokens, read_rule, written_rule
+from mllm.sizes.rules import MediaRule, num_joined_tokens, num_tokens, num_vectors, read_rule, written_rule
 from mllm.sizes.tiles import TileRule
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "kind_of_size",
     "num_joined_tokens",
     "num_tokens",
+    "num_vectors",
     "read_rule",
     "written_rule",
 ]

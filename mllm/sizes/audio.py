@@ -83,7 +83,11 @@ class AudioTokenRule:
             seconds = min(LONGEST_SECONDS, most)
         samples = self.num_samples(seconds)
         if samples < 1:
-            raise RowError(f"a sound of {seconds:.3f} seconds", expected="a sound with samples", do="drop the row")
+            raise RowError(
+                f"a sound of {seconds:.3f} seconds",
+                expected="a sound with samples",
+                do="drop the row; or state its `seconds`, if that is only what its header says",
+            )
         if seconds > LONGEST_SECONDS:
             raise RowError(
                 f"a sound of {seconds:.0f} seconds",

@@ -10,7 +10,6 @@ from mllm.sizes.images import ImageTokenRule
 from mllm.sizes.media import MediaSize
 from mllm.sizes.video import VideoTokenRule
 
-
 MediaRule = ImageTokenRule | AudioTokenRule | VideoTokenRule
 """How a tower reads the items of one modality.
 
@@ -35,7 +34,11 @@ def num_tokens(size: MediaSize, rule: MediaRule) -> int:
     Raises:
         RowError: The item is too large, or has nothing in it.
     """
-    views = rule.views(size)
+    return num_vectors(rule.views(size), size, rule)
+
+
+def num_vectors(views: tuple[int, ...], size: tuple, rule: MediaRule) -> int:
+    """How many vectors an item becomes of whose views so many features count."""
     if rule.is_joined:
         return rule.arranged(size, (num_joined_tokens(views, rule),))
     return rule.arranged(size, tuple(rule.connector.count(length) for length in views))

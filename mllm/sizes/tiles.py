@@ -14,7 +14,6 @@ Grid = tuple[int, int]
 View = TypeVar("View")
 
 CHOICES = {
-    "grids": None,
     "choice": ("area", "shape"),
     "fit": ("pad", "squash"),
     "fill": ("black", "mean"),
@@ -22,7 +21,7 @@ CHOICES = {
     "order": ("rows", "views"),
     "separators": ("newline", "ends", "none"),
 }
-"""What each field of a rule can be."""
+"""What each field of a rule but its grids can be."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class TileRule:
 
     def __post_init__(self):
         for name, known in CHOICES.items():
-            if known and getattr(self, name) not in known:
+            if getattr(self, name) not in known:
                 raise OptionError(
                     f"tiles: {name} = {getattr(self, name)!r}", expected=f"one of {', '.join(known)}", do="choose one"
                 )

@@ -57,8 +57,8 @@ class VideoTokenRule:
         Raises:
             RowError: The video has no frames, or more than it may have.
         """
-        _, _, frames, seconds = size
-        times = frame_times(int(frames), float(seconds), self.choice)
+        frames, seconds = (float(number) for number in size[-2:])
+        times = frame_times(int(frames), seconds, self.choice)
         self._check(len(times), f"a video of {seconds:.1f} seconds, of which {self.sampling!r} takes")
         return times
 
@@ -75,7 +75,7 @@ class VideoTokenRule:
         self._check(frames, "a video with")
         return (self.features,) * frames
 
-    def arranged(self, size: MediaSize, lengths: tuple[int, ...]) -> int:
+    def arranged(self, size: tuple, lengths: tuple[int, ...]) -> int:
         """How many tokens connected frames of these lengths become."""
         return sum(lengths)
 

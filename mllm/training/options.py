@@ -60,9 +60,10 @@ class SftArguments(TrainingArguments):
     parts: Any = field(
         default_factory=dict,
         metadata={
-            "help": "What is trained: part (image.encoder, image.connector, audio.encoder, audio.connector, text) to "
-            "frozen, lora or full, or to a mapping with mode, learning_rate, rank, alpha, dropout, dora, "
-            "layers ('12:', '0:4', 'last:6'), quantize (4bit), checkpointing. Parts not named are frozen."
+            "help": "What is trained: part (image.encoder, image.connector, audio.encoder, audio.connector, "
+            "video.connector, text) to frozen, lora or full, or to a mapping with mode, learning_rate, rank, alpha, "
+            "dropout, dora, layers ('12:', '0:4', 'last:6'), quantize (4bit), checkpointing. Parts not named are "
+            "frozen."
         },
     )
     chat_template: str | None = field(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mllm.evaluation.digits import METRICS, score
+from mllm.evaluation.digits import TASKS, score
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,7 +42,7 @@ def test_no_scan_of_evaluation_is_seen_in_training(world):
 
 
 def test_rows_have_their_pictures_and_answers(world):
-    for name in ("caption.jsonl", "places.jsonl", "questions.jsonl", *(f"eval/{task}.jsonl" for task in METRICS)):
+    for name in ("caption.jsonl", "places.jsonl", "questions.jsonl", *(f"eval/{task}.jsonl" for task in TASKS)):
         for row in read_rows(world / name):
             items = [item for message in row["messages"] for item in message["content"]]
             assert sum(item["type"] == "image" for item in items) == len(row["media"]) == 1
@@ -52,7 +52,7 @@ def test_rows_have_their_pictures_and_answers(world):
     assert all(row["media"] == [] for row in read_rows(world / "text.jsonl"))
 
 
-@pytest.mark.parametrize("task", METRICS)
+@pytest.mark.parametrize("task", TASKS)
 def test_reference_answers_score_one(world, task):
     rows = read_rows(world / "eval" / f"{task}.jsonl")
     answers = [row["messages"][-1]["content"][0]["text"] for row in rows]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mllm.evaluation.digits import METRICS, TASKS, Counts, best_constant, score, score_caption
+from mllm.evaluation.digits import METRICS, TASKS_OF, Counts, best_constant, score, score_caption
 
 SCENE = {
     "digits": [5, 3, 0],
@@ -74,4 +74,11 @@ def test_score_refuses_what_cannot_be_scored():
         score("colour", ["red"], rows_of("color", "red"))
     with pytest.raises(ValueError, match="1 answers for 2 rows"):
         score("count", ["1"], rows_of("count", "1", "2"))
-    assert set(TASKS) == set(METRICS)
+    assert {task for tasks in TASKS_OF.values() for task in tasks} == set(METRICS)
+
+
+@pytest.mark.parametrize("task", [*TASKS_OF["video"], *TASKS_OF["audio"]])
+def test_answers_about_videos_and_sounds_are_compared_exactly(task):
+    rows = [{"meta": {"task": task, "answer": answer}} for answer in ("left", "left", "3", "up")]
+    assert score(task, ["left", " left\n", "3", "it goes up"], rows) == {METRICS[task][0]: 0.75}
+    assert best_constant(task, rows) == {METRICS[task][0]: 0.5}

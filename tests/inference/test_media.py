@@ -19,6 +19,7 @@ from mllm.errors import MediaError, OptionError, RowError
 from mllm.evaluation.runner import answer_rows, blanked, read_evaluation_rows
 from mllm.inference import Chat, MediaLimits, generate_answers
 from mllm.inference.prompt import encode_prompt, model_inputs
+from mllm.testing import tiny_model
 
 files = runpy.run_path(str(Path(__file__).parents[1] / "media_files.py"))
 LENGTH = 8
@@ -177,3 +178,26 @@ def test_evaluation_rows_are_answered_with_their_media(listener, sounds, videos,
     silence = listener[1].feature_extractor(np.zeros(16_000), sampling_rate=16_000, return_tensors="pt").input_features
     assert all(torch.equal(window, silence[0]) for window in blank["input_features"])
     assert answer_rows(*listener, read, blank=True, max_new_tokens=LENGTH) != answers
+
+
+@pytest.mark.parametrize("image", [{"tiles": "llava_next"}, {"tiles": "sphinx", "connector": "qformer"}], ids=str)
+def test_pictures_in_tiles_are_answered_alike_alone_and_together(image, tmp_path, picture):
+    connector = {
+        "type": "qformer",
+        "num_queries": 3,
+        "layers": 1,
+        "hidden_size": 32,
+        "heads": 4,
+        "intermediate_size": 48,
+    }
+    image = {**image, **({"connector": connector} if "connector" in image else {})}
+    model, processor = tiny_model(tmp_path, encoder="siglip_vision_model", image=image)
+    for module, factor in ((model.get_output_embeddings(), 20), (model.model.image_tower.connector, 4)):
+        for parameter in module.parameters():
+            parameter.data *= factor
+    sizes = [(16, 40), (40, 16), (30, 30), (1, 9)]
+    shown = [{"type": "image", "image": picture(number).resize(size)} for number, size in enumerate(sizes)]
+    conversations = [[{"role": "user", "content": content}] for content in ([shown[0]], shown[1:3], [shown[3]], shown)]
+    alone = [Chat(model, processor, max_new_tokens=LENGTH).reply(messages) for messages in conversations]
+    assert len(set(alone)) > 2
+    assert generate_answers(model, processor, conversations, batch_size=4, max_new_tokens=LENGTH) == alone

@@ -272,5 +272,3 @@ def test_in_bfloat16_it_gives_nearly_the_same(case):
     assert half.dtype == torch.bfloat16
     # Eight bits of mantissa, a few roundings in a row.
     torch.testing.assert_close(half.float(), expected, rtol=0, atol=0.04 * expected.abs().max().item())
-
-

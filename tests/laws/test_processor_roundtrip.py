@@ -24,7 +24,7 @@ from mllm.testing import tiny_tokenizer
 
 RULES = {
     "image": ImageTokenRule(image_size=16, patch_size=8, num_prefix_tokens=1, feature_select="default"),
-    "audio": AudioTokenRule(sampling_rate=16_000, window=1600, features=25, samples_per_feature=64),
+    "audio": AudioTokenRule(sampling_rate=16_000, window=1600, samples_per_step=64),
     "video": VideoTokenRule("uniform:3", features=4, has_timestamps=True),
 }
 SUBSETS = [subset for size in range(len(RULES) + 1) for subset in itertools.combinations(RULES, size)]

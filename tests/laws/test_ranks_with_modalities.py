@@ -31,6 +31,11 @@ TOWERS = {
         "audio": {"connector": {**QFORMER, "per": "item", "positions": 3}},
         "video": {"connector": {"type": "pool", "over": "grid", "size": 2}, "frames": "cap:3:8", "timestamps": True},
     },
+    "images in tiles": {
+        "image": {"connector": "linear", "tiles": {"type": "llava_next", "grids": [[1, 2], [2, 1], [2, 2]]}},
+        "audio": {"connector": "linear"},
+        "video": {"connector": "linear", "frames": "cap:3:8"},
+    },
     "frames through the image connector": {
         "image": {"connector": QFORMER},
         "audio": {"connector": {"type": "pool", "size": 4}},
@@ -48,14 +53,15 @@ RUNS = {
         "encoder_chunk": 1,
     },
     "connectors": {"parts": CONNECTORS},
-    "image encoder and lora": {"parts": {"image.encoder": "full", "text": {"mode": "lora", "rank": 4}}},
+    "lora beside some": {
+        "parts": {"image.encoder": "full", "video.connector": "full", "text": {"mode": "lora", "rank": 4}},
+    },
     "image connector": {"parts": {"image.connector": "full"}},
     "video connector": {"parts": {"video.connector": "full"}},
 }
 STEPS = [("i", "v"), ("a", ""), ("vatii", "iav")]
 """What the rows of the first and of the second rank hold, step by step."""
 OPTIONS = {"optim": "sgd", "max_steps": 5, "logging_steps": 1, "encoder_chunk": None}
-FAST = [("apart", "plain"), ("frames through the image connector", "zero3")]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +80,7 @@ def lacking(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("towers", "stage"),
     [
-        pytest.param(towers, stage, marks=() if (towers, stage) in FAST else pytest.mark.slow)
+        pytest.param(towers, stage, marks=() if (towers, stage) == ("apart", "plain") else pytest.mark.slow)
         for towers in TOWERS
         for stage in ("plain", "zero2", "zero3")
     ],
@@ -113,7 +119,7 @@ def test_a_prompt_without_media_is_answered_beside_one_with_them(two_ranks, tmp_
     )
     lines = save_tiny_media_rows(tmp_path / "rows", ["iav", ""]).read_text().splitlines()
     questions = [[_with_files(json.loads(line), tmp_path / "rows")] for line in lines]
-    two_ranks(_answer, model, questions, tmp_path)
+    two_ranks(_answer, model, questions, tmp_path, timeout=120)
     alone = [_generated(load_model(model), model, question) for question in questions]
     assert [json.loads((tmp_path / f"answer-{rank}.json").read_text()) for rank in range(2)] == alone
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mllm import load_model
 from mllm.data.collate import PackingCollator, PaddingCollator
 from mllm.data.examples import Examples
 from mllm.data.mixture_file import open_mixture, read_mixture
@@ -52,7 +53,7 @@ TOWERS = {
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> Path:
+def media_rows(tmp_path_factory) -> Path:
     return save_tiny_media_rows(tmp_path_factory.mktemp("media"), CONTENTS)
 
 
@@ -65,22 +66,22 @@ SLOW = ("frames one by one", "Q-Formers with positions")  # the others hold what
 
 
 @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in TOWERS])
-def assembled(request, models):
+def composed(request, models):
     """A model and its processor."""
     return models(request.param)
 
 
-def test_the_model_reads_all_kinds_in_the_order_of_the_question(assembled, rows):
-    processor = assembled[1]
-    for example, letters in zip(_examples(processor, rows), CONTENTS, strict=True):
+def test_the_model_reads_all_kinds_in_the_order_of_the_question(composed, media_rows):
+    processor = composed[1]
+    for example, letters in zip(_examples(processor, media_rows), CONTENTS, strict=True):
         chat = processor.encode_chat(example.row.messages, media_sizes=[item.size for item in example.row.media])
         assert [span.kind for span in chat.media] == [KINDS[letter] for letter in letters if letter != "t"]
 
 
-def test_what_stands_in_a_span_is_what_the_medium_becomes_alone(assembled, rows):
+def test_what_stands_in_a_span_is_what_the_medium_becomes_alone(composed, media_rows):
     """The reference puts the embeddings together by hand, one medium after the other."""
-    model, processor = assembled
-    for example in _examples(processor, rows):
+    model, processor = composed
+    for example in _examples(processor, media_rows):
         batch = PaddingCollator(processor)([example])
         found = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
         embeds = model.get_input_embeddings()(batch["input_ids"])[0].clone()
@@ -95,9 +96,9 @@ def test_what_stands_in_a_span_is_what_the_medium_becomes_alone(assembled, rows)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_padded_together_equals_alone(assembled, rows):
-    model, processor = assembled
-    examples = _examples(processor, rows)
+def test_padded_together_equals_alone(composed, media_rows):
+    model, processor = composed
+    examples = _examples(processor, media_rows)
     batch = PaddingCollator(processor)(examples)
     together = model(**_without_labels(batch)).logits
     for row, example in enumerate(examples):
@@ -105,9 +106,9 @@ def test_padded_together_equals_alone(assembled, rows):
         torch.testing.assert_close(together[row, : len(alone)], alone, rtol=0, atol=1e-5)
 
 
-def test_packed_equals_padded_in_loss_and_gradients(assembled, rows):
-    model, processor = assembled
-    examples = _examples(processor, rows)
+def test_packed_equals_padded_in_loss_and_gradients(composed, media_rows):
+    model, processor = composed
+    examples = _examples(processor, media_rows)
     model = apply_modes(model, {name: PartOptions("full") for name in parts_of(model)})
     try:
         padded = _loss_and_gradients(model, PaddingCollator(processor)(examples))
@@ -122,9 +123,28 @@ def test_packed_equals_padded_in_loss_and_gradients(assembled, rows):
         torch.testing.assert_close(packed[name], value, rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_images_and_frames_share_one_call_of_their_encoder(assembled, rows):
-    model, processor = assembled
-    batch = PaddingCollator(processor)(_examples(processor, rows))
+def test_a_packed_run_equals_a_padded_one(train, models, media_rows, tmp_path):
+    """All rows in every step: as packs one after the other, of which some hold all kinds, and as one batch."""
+    model, processor = models("frames through the image connector")
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "model")
+    options = {"model": str(tmp_path / "model"), "data": [str(media_rows)], "optim": "sgd", "max_steps": 2}
+    options["parts"] = {f"{kind}.connector": "full" for kind in KINDS.values()} | {"text": "full"}
+    whole = train(tmp_path / "whole", **options, per_device_train_batch_size=len(CONTENTS))
+    packed = train(
+        tmp_path / "packed", **options, per_device_train_batch_size=None, batching="packed", pack_length=200,
+        gradient_accumulation_steps=100,
+    )  # fmt: skip
+    one, other = (load_model(run / "final").state_dict() for run in (whole, packed))
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-5, msg=name)
+    changed = {name.split(".")[1] for name, value in model.state_dict().items() if not torch.equal(value, one[name])}
+    assert changed == {"image_tower", "audio_tower", "video_tower", "language_model", "weight"}
+
+
+def test_images_and_frames_share_one_call_of_their_encoder(composed, media_rows):
+    model, processor = composed
+    batch = PaddingCollator(processor)(_examples(processor, media_rows))
     calls = []
     hooks = [
         tower.encoder.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
@@ -139,9 +159,9 @@ def test_images_and_frames_share_one_call_of_their_encoder(assembled, rows):
     )
 
 
-def test_chunks_of_the_encoders_change_nothing(assembled, rows):
-    model, processor = assembled
-    batch = PaddingCollator(processor)(_examples(processor, rows))
+def test_chunks_of_the_encoders_change_nothing(composed, media_rows):
+    model, processor = composed
+    batch = PaddingCollator(processor)(_examples(processor, media_rows))
     whole = model(**batch).loss
     model.model.set_encoder_chunk(2)
     try:
@@ -151,10 +171,10 @@ def test_chunks_of_the_encoders_change_nothing(assembled, rows):
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_answers_together_are_those_alone(assembled, rows, num_beams):
+def test_answers_together_are_those_alone(composed, media_rows, num_beams):
     """And with a cache they are those without."""
-    model, processor = assembled
-    prompts = [encode_prompt(processor, messages) for messages in _questions(rows)]
+    model, processor = composed
+    prompts = [encode_prompt(processor, messages) for messages in _questions(media_rows)]
     config = generation_config(model, max_new_tokens=5, temperature=0.0)
     config.num_beams = num_beams
     together = _answers(model, processor, prompts, config, use_cache=True)
@@ -165,9 +185,29 @@ def test_answers_together_are_those_alone(assembled, rows, num_beams):
     assert len({tuple(answer) for answer in together}) > 1
 
 
-def test_media_that_are_missing_are_an_error(models, rows):
+def test_beams_have_the_media_of_their_row_in_order(composed, media_rows):
+    """The score of the best beam is what a plain forward says of its tokens, behind several media of a kind too."""
+    model, processor = composed
+    config = generation_config(model, max_new_tokens=3, temperature=0.0)
+    config.num_beams, config.length_penalty = 3, 0.0
+    config.return_dict_in_generate = True
+    config.output_scores = True
+    prompts = [encode_prompt(processor, messages) for messages in _questions(media_rows)]
+    inputs = model_inputs(processor, prompts, device=model.device)
+    found = model.generate(**inputs, generation_config=config)
+    for number, prompt in enumerate(prompts):
+        (answer,) = _without_prompt(found.sequences[number : number + 1], inputs)
+        answer = answer[: len(without_end(answer, config)) + 1]
+        alone = model_inputs(processor, [prompt], device=model.device)
+        ids = torch.cat([alone["input_ids"], torch.tensor([answer])], dim=1)
+        logits = model(**alone | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[0, :-1]
+        expected = logits.log_softmax(-1)[-len(answer) :, answer].diagonal().sum()
+        torch.testing.assert_close(found.sequences_scores[number], expected, rtol=0, atol=1e-4)
+
+
+def test_media_that_are_missing_are_an_error(models, media_rows):
     model, processor = models("frames through the image connector")
-    batch = _without_labels(PaddingCollator(processor)(_examples(processor, rows)))
+    batch = _without_labels(PaddingCollator(processor)(_examples(processor, media_rows)))
     for kind, name in (("image", "pixel_values"), ("audio", "input_features"), ("video", "pixel_values_videos")):
         lacking = {key: value for key, value in batch.items() if not key.startswith((name, f"{kind}_sizes"))}
         if kind == "image":  # its name begins that of the frames
@@ -227,4 +267,8 @@ def _answers(model, processor, prompts, config, *, use_cache: bool) -> list[list
     inputs = model_inputs(processor, prompts, device=model.device)
     with torch.no_grad():
         found = model.generate(**inputs, generation_config=config, use_cache=use_cache)
-    return [without_end(answer, config) for answer in found[:, inputs["input_ids"].shape[1] :].tolist()]
+    return [without_end(answer, config) for answer in _without_prompt(found, inputs)]
+
+
+def _without_prompt(sequences: torch.Tensor, inputs: dict) -> list[list[int]]:
+    return sequences[:, inputs["input_ids"].shape[1] :].tolist()

@@ -20,13 +20,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from mllm import load_model
+from mllm.assemble import assemble_checkpoint
 from mllm.checkpoints import mark_complete
 from mllm.data.collate import PaddingCollator
 from mllm.data.examples import Examples
 from mllm.data.mixture_file import open_mixture, read_mixture
 from mllm.load import merged
 from mllm.models.parts import PartOptions, apply_modes
-from mllm.testing import tiny_model
+from mllm.testing import save_tiny_parts, tiny_model
 from mllm.testing_checkpoints import save_stock_checkpoint
 from mllm.training import trainer
 from mllm.training.checkpoint import latest_checkpoint
@@ -64,10 +65,13 @@ GOES_ON = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, dict]:
-    """The runs on a composed model, and one on transformers' own LLaVA."""
+    """The runs on a composed model, one on a model that reads images in tiles, and one on transformers' own LLaVA."""
     stock = tmp_path_factory.mktemp("stock") / "llava"
     save_stock_checkpoint(stock, "llava")
-    return RUNS | {"stock": STOCK | {"model": str(stock)}}
+    parts = tmp_path_factory.mktemp("tiled")
+    tiled = assemble_checkpoint(parts / "model", **save_tiny_parts(parts, image={"tiles": "llava_next"}))
+    tiles = STOCK | {"model": str(tiled), "encoder_chunk": 2}
+    return RUNS | {"tiles": tiles, "stock": STOCK | {"model": str(stock)}}
 
 
 @pytest.fixture(scope="module")

@@ -85,6 +85,32 @@ def test_generated_with_a_cache_equals_without(composed, num_beams):
     assert torch.equal(cached, uncached)
 
 
+@pytest.mark.parametrize("through", [False, True])
+@pytest.mark.parametrize("name", ["llava_next", "sphinx"])
+def test_frames_beside_tiles_are_not_cut(tmp_path, name, through):
+    """One call of the encoder reads tiles and frames; each medium becomes what it becomes alone."""
+    video = {"frames": "uniform:3", "connector": "mlp", "through_image_connector": through}
+    model, processor = tiny_model(tmp_path, image=CASES[name], video=video)
+    size = (10, 40, 6, 2.0)
+    picture = MediaInput("image", _noise(33, 9), (33, 9))
+    clip = MediaInput("video", [_noise(10, 40)] * 3, size)
+    chat = processor.encode_chat(
+        [{"role": "user", "content": [{"type": "video"}, {"type": "image"}, {"type": "text", "text": "What is it?"}]}],
+        media_sizes=[size, (33, 9)],
+    )
+    both = processor.encode_media([clip, picture])
+    assert both["pixel_values_videos"].shape[0] == 3
+    with torch.no_grad():
+        whole = model(input_ids=torch.tensor([chat.input_ids]), **both).logits
+        image = model.get_image_features(**processor.encode_media([picture]))
+        frames = model.get_video_features(**processor.encode_media([clip]))
+        parted = model(
+            input_ids=torch.tensor([chat.input_ids]), mm_encoder_outputs={"image": image, "video": frames}
+        ).logits
+    torch.testing.assert_close(whole, parted, rtol=1e-5, atol=1e-5)
+    assert [len(one) for one in frames.pooler_output] == [num_tokens(size, processor.rule("video"))] == [12]
+
+
 @pytest.mark.parametrize("name", ["llava_next", "sphinx"])
 def test_ranks_with_and_without_images_equal_one_process(train, lopsided_rows, two_ranks, tmp_path, name):
     model = str(assemble_checkpoint(tmp_path / "model", **save_tiny_parts(tmp_path, image=CASES[name])))

@@ -100,7 +100,7 @@ def test_a_map_is_read_line_by_line(overview, separators, size):
            for row in range(rows) for column in range(columns)]  # fmt: skip
     whole = -torch.ones(36, 2)
     arrangement = Arrangement(rule, out_size=2)
-    [found] = arrangement([tiles.joined(whole, cut)], [size])
+    found = arrangement([tiles.joined(whole, cut)], [size])
     # A cell shows the image where its middle lies within; but for rounding, as the images here have it.
     top, left = tiles.margins(size, (6 * rows, 6 * columns))
     expected = []
@@ -128,23 +128,20 @@ def test_each_view_stands_between_its_ends():
     rule = _rule(TILES["sphinx"])
     arrangement = Arrangement(rule, out_size=3)
     views = list(torch.randn(5, 4, 3))
-    [found] = arrangement([views], [(30, 40)])
+    found = arrangement([views], [(30, 40)])
     start, end = arrangement.start[None], arrangement.end[None]
     assert torch.equal(found, torch.cat([part for view in views for part in (start, view, end)]))
 
 
 def test_views_without_separators_follow_one_another():
     views = list(torch.randn(7, 4, 3))
-    [found] = Arrangement(_rule(TILES["internvl"]), out_size=3)([views], [(30, 40)])
+    found = Arrangement(_rule(TILES["internvl"]), out_size=3)([views], [(30, 40)])
     assert torch.equal(found, torch.cat(views))
 
 
-@pytest.mark.parametrize("name", ["llava_next", "sphinx"])
-@pytest.mark.parametrize("per", ["view", "item"])
+@pytest.mark.parametrize(("name", "per"), [("llava_next", "view"), ("sphinx", "view"), ("sphinx", "item")])
 def test_learned_vectors_get_gradients_with_and_without_images(name, per):
     """Without images a rank connects zeros, and every parameter waits for a gradient, of zeros."""
-    if (name, per) == ("llava_next", "item"):
-        pytest.skip("what is read as a map is connected view by view")
     config = _config(TILES[name], {"type": "mlp", "per": per})
     connector = build_connector(config)
     views = config.media_rule.views((1, 200))  # so thin that no line of a map is left of it
@@ -162,6 +159,20 @@ def test_learned_vectors_get_gradients_with_and_without_images(name, per):
 def test_parameters_are_counted(name, vectors):
     plain = MllmTowerConfig(connector=written_connector("mlp"), feature_sizes=[8], text_hidden_size=5)
     assert num_parameters(_config(TILES[name], "mlp")) == num_parameters(plain) + 5 * vectors
+
+
+@pytest.mark.parametrize("name", ["llava_next", "sphinx"])
+def test_under_mixed_precision_all_vectors_have_its_type(name):
+    config = _config(TILES[name], "mlp")
+    connector = build_connector(config)
+    views, size = config.media_rule.views((30, 100)), (30, 100)
+    features = torch.randn(len(views), 36, 8)
+    exact = connector(features, Layout([views], [size]))[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        [half] = connector(features, Layout([views], [size]))
+        alone = connector(features)
+    assert half.dtype == alone.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), exact, rtol=0, atol=0.04 * float(exact.abs().max()))
 
 
 def _rule(tiles, **fields) -> ImageTokenRule:

@@ -1,15 +1,32 @@
 """An audio encoder inside our tower gives what the stock model gives, whatever stands around it in its checkpoint."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoFeatureExtractor
+from transformers import (
+    ASTConfig,
+    ASTFeatureExtractor,
+    AutoFeatureExtractor,
+    ClapAudioConfig,
+    ClapFeatureExtractor,
+    HubertConfig,
+    SpeechT5FeatureExtractor,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+)
 
+from mllm import load_model, load_processor
 from mllm.assemble import assemble
 from mllm.errors import CompositionError, OptionError
-from mllm.models.encoders import unused_parameters
+from mllm.models.audio_families import AUDIO_ENCODERS
+from mllm.models.encoders import native_shape, unused_parameters
 from mllm.processing.media import MediaInput
+from mllm.sizes.audio import AudioTokenRule
 from mllm.testing import save_tiny_parts, tiny_model
 from mllm.testing_sounds import AUDIO_FAMILIES, RATE, save_tiny_audio_encoder, sine, tiny_audio_model
 
@@ -153,6 +170,68 @@ def test_silence_is_a_sound(family, composed):
     assert [len(one) for one in outputs] == [sum(processor.expansion(one.size).runs) for one in silence]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("how", [{}, {"feature_layer": 2}, {"window_seconds": 0.5}, {"pool_time": True}])
+def test_saved_and_loaded_it_hears_the_same(family, how, tmp_path):
+    if family != "whisper" and how != ({} if family == "clap" else {"feature_layer": 2}):
+        return  # the others are options of Whisper alone, or of the rule
+    model, processor = tiny_model(tmp_path, audio={"encoder": family, "window_seconds": 1.0, **how})
+    model.save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+    items = [_item(sine(1.3)), _item(sine(0.2, pitch=700.0))]
+    expected = model.model.get_audio_features(**processor.encode_media(items)).pooler_output
+    for attention in (None, "sdpa", "eager"):  # CLAP has one of its own
+        loaded = load_model(tmp_path / "saved", attn_implementation=attention)
+        inputs = load_processor(tmp_path / "saved").encode_media(items)
+        found = loaded.model.get_audio_features(**inputs).pooler_output
+        tolerance = 1e-5 if attention == "eager" else 0.0
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
+
+
+@torch.no_grad()
+def test_a_rank_without_sounds_has_a_view_to_encode(composed):
+    model, processor = composed
+    tower, rule = model.model.audio_tower, processor.rule("audio")
+    features = tower.encode(tower.native_zeros())
+    assert features.shape == (1, rule.features, model.config.audio_config.feature_sizes[0])
+    assert features.isfinite().all()
+
+
+@torch.no_grad()
+def test_in_bfloat16_it_hears_nearly_the_same(composed):
+    model, processor = composed
+    inputs = processor.encode_media([_item(sine(1.3))])
+    expected = model.model.get_audio_features(**inputs).pooler_output[0]
+    found = copy.deepcopy(model).to(torch.bfloat16).model.get_audio_features(**inputs).pooler_output[0]
+    assert found.dtype == torch.bfloat16
+    assert torch.nn.functional.cosine_similarity(found.float(), expected, dim=-1).min() > 0.95
+
+
+@torch.no_grad()
+def test_in_chunks_it_hears_the_same(composed):
+    model, processor = composed
+    inputs = processor.encode_media([_item(sine(2.3)), _item(sine(0.4))])
+    expected = model.model.get_audio_features(**inputs).pooler_output
+    model.model.set_encoder_chunk(3)
+    found = model.model.get_audio_features(**inputs).pooler_output
+    model.model.set_encoder_chunk(None)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_stock_calls_of_the_processor_split_sounds_too(composed):
+    """`processor(text=..., audio=...)`, as pipelines call it, gives what training gives."""
+    model, processor = composed
+    sounds = [sine(2.3), sine(0.4)]
+    inputs = processor(text=["<audio> one <audio>"], audio=sounds, return_tensors="pt")
+    expected = processor.encode_media([_item(one) for one in sounds])
+    assert all(torch.equal(inputs[name], tensor) for name, tensor in expected.items())
+    counts = [sum(processor.expansion((len(one) / RATE,)).runs) for one in sounds]
+    assert int((inputs["input_ids"] == model.config.audio_token_id).sum()) == sum(counts)
+    assert model(**inputs).logits.isfinite().all()
+
+
 def test_a_shorter_window_of_whisper_is_the_beginning_of_its_own(tmp_path):
     """Its table of positions is cut, and 32 of 50 frames remain of a second."""
     model, processor = tiny_model(tmp_path, audio={"window_seconds": 0.63})
@@ -182,6 +261,63 @@ def test_keys_are_checked(family, tmp_path):
     save_file({**tensors, "strange.weight": torch.zeros(2)}, path, {"format": "pt"})
     with pytest.raises(CompositionError, match=r"left over \['strange.weight'\]"):
         assemble(**parts)
+
+
+PUBLISHED = {
+    "whisper": (WhisperConfig(), WhisperFeatureExtractor(), 1500),  # 30 s
+    "audio-spectrogram-transformer": (ASTConfig(), ASTFeatureExtractor(), 1212),  # 10.24 s
+    "wav2vec2": (Wav2Vec2Config(), Wav2Vec2FeatureExtractor(), 499),  # 10 s
+    "hubert": (HubertConfig(), Wav2Vec2FeatureExtractor(), 499),
+    "clap": (ClapAudioConfig(depths=[1, 1, 1, 1]), ClapFeatureExtractor(), 64),  # 10 s
+}
+"""Families at the sizes they were published in, and the features of a window."""
+
+
+@pytest.mark.parametrize("family", sorted(PUBLISHED))
+def test_features_of_the_published_sizes(family):
+    config, extractor, expected = PUBLISHED[family]
+    window = AUDIO_ENCODERS[family].window(config, extractor, None)
+    rule = AudioTokenRule(
+        sampling_rate=extractor.sampling_rate,
+        window=window.samples,
+        samples_per_step=window.samples_per_step,
+        first_step=window.first_step,
+        features_per_step=window.features_per_step,
+    )
+    assert rule.features == expected
+    with torch.device("cpu" if family == "clap" else "meta"), torch.no_grad():  # its attention looks at numbers
+        outputs = AUDIO_ENCODERS[family].kind(config).eval()(torch.zeros(1, *native_shape(config, rule)))
+    sizes = outputs.last_hidden_state.shape
+    assert {"clap": sizes[-2] * sizes[-1], "audio-spectrogram-transformer": sizes[1] - 2}.get(
+        family, sizes[1]
+    ) == expected
+
+
+def test_preprocessing_that_does_not_fit_is_refused(tmp_path):
+    parts = save_tiny_parts(tmp_path, audio={})
+    WhisperFeatureExtractor(feature_size=80, chunk_length=1).save_pretrained(tmp_path / "audio_encoder")
+    with pytest.raises(CompositionError, match="80 pitches, and a 'whisper' encoder\nexpected: 16"):
+        assemble(**parts)
+    SpeechT5FeatureExtractor().save_pretrained(tmp_path / "audio_encoder")
+    with pytest.raises(OptionError, match="a SpeechT5FeatureExtractor for sounds\nexpected: one of Whisper"):
+        assemble(**parts)
+    for file in tmp_path.glob("audio_encoder/*preprocessor_config.json"):
+        file.unlink()
+    with pytest.raises(CompositionError, match="has no preprocessing of sounds"):
+        assemble(**parts)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"clips": -1}, OptionError, "-1 clips"),
+        ({"clips": 9, "connector": {"type": "mlp", "positions": 8}}, OptionError, "9 clips, and a connector with 8"),
+        ({"connector": {"type": "pool", "over": "grid"}}, CompositionError, "on a square grid .* and sounds"),
+    ],
+)
+def test_layouts_that_no_sound_has_are_refused(options, error, match, tmp_path):
+    with pytest.raises(error, match=match):
+        tiny_model(tmp_path, audio=options)
 
 
 def test_other_encoders_are_named_as_what_they_are(tmp_path):

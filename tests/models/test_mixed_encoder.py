@@ -1,5 +1,7 @@
 """Several encoders as one: each sees what it would see alone, and what they see is joined as stated."""
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from mllm.models.query_encoder import load_query_encoder
 from mllm.models.streams import join_streams, split_streams
 from mllm.processing.build import load_image_processor
 from mllm.processing.geometry import llava_image_processor
+from mllm.sizes import num_tokens
 from mllm.testing import save_tiny_parts
 from mllm.testing_images import NUM_QUERIES, save_sphinx_encoders, save_tiny_image_encoder, tiny_image_model
 
@@ -129,6 +132,25 @@ def test_streams_follow_one_another(llm, paths):
         normed = centred / (centred.square().mean(-1, keepdim=True) + layer[1].eps).sqrt()
         expected.append(normed * layer[1].weight + layer[1].bias)
     torch.testing.assert_close(found.double(), torch.cat(expected, dim=1), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_q_former_reads_both_streams(llm, paths):
+    """Each with queries of its own; what either encoder sees changes what all of them become."""
+    qformer = {"type": "multi_stream_qformer", "num_queries": 4, "num_local_queries": 3, "layers": 2}
+    small = {"hidden_size": 16, "heads": 2, "intermediate_size": 20}
+    encoders = [paths["clip_vision_model"], paths["dinov2_with_registers"]]
+    model, processor = _mixed(llm, encoders, join="sequence", connector={**qformer, **small})
+    pixels = processor.encode_images([_picture(24)])
+    assert num_tokens((24, 24), model.config.image_config.media_rule) == 7
+    tower = model.model.image_tower
+    seen = tower.encode(pixels)
+    before = tower.connect(seen)
+    assert before.shape == (1, 7, 32)
+    for number, stream in enumerate(split_streams(seen, lengths=(4, 9), widths=(32, 32))):
+        changed = seen.clone()
+        changed[:, (0, 4)[number] : (4, 13)[number]] = stream.flip(-1)
+        assert not torch.isclose(tower.connect(changed), before).all(-1).any()
 
 
 def test_streams_come_apart_as_they_were():
@@ -249,6 +271,37 @@ def test_a_convolutional_encoder_can_see_another_size(llm, paths, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["dinov2", "dinov2_with_registers", "dinov3_vit"])
+def test_dino_can_see_another_size(llm, tmp_path, family):
+    """The published DINOv2 are configured for 518 pixels, and SPHINX shows 224 to one of them."""
+    path = save_tiny_image_encoder(tmp_path / family, family, image_size=32)
+    model, processor = assemble(language_model=llm, image={"encoder": path, "image_size": 24})
+    pixels = processor.encode_images([_picture(24)])
+    hidden, num_prefix_tokens = _hidden(path, pixels)
+    assert torch.equal(model.model.image_tower.encode(pixels), hidden[:, 1:])
+    mixed, _ = _mixed(llm, [{"encoder": path, "image_size": 24}])
+    assert torch.equal(mixed.model.image_tower.encode(pixels), hidden[:, num_prefix_tokens:])
+    counts = [one.config.image_config.media_rule.views((9, 9)) for one in (model, mixed)]
+    assert counts == [(8 + num_prefix_tokens,), (9,)]
+
+
+@torch.no_grad()
+def test_the_size_that_all_see_can_be_stated(llm, paths):
+    """SPHINX brings an image to 224 pixels, and then to 256 for its ConvNeXt."""
+    encoders = [paths["clip_vision_model"], paths["convnextv2"]]
+    model, processor = _mixed(llm, encoders, image_size=16)
+    pixels = processor.encode_images([_picture(30)])
+    assert pixels.shape[-1] == 16
+    readings = model.config.image_config.encoder_config.readings
+    assert [own_pixels(pixels, one).shape[-1] for one in readings] == [16, 32]
+    assert torch.equal(own_pixels(pixels, readings[0]), pixels)
+    assert model.model.image_tower.encode(pixels).shape[1:] == (64, 32 + 12)
+    alone, processor = assemble(language_model=llm, image={"encoder": paths["convnextv2"], "image_size": 48})
+    assert processor.encode_images([_picture(30)]).shape[-1] == 48
+    assert alone.config.image_config.media_rule.views((9, 9)) == (144,)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("family", ["blip-2", "instructblip"])
 def test_the_image_encoder_of_blip(tmp_path, family):
     whole = tiny_image_model(family)
@@ -286,8 +339,34 @@ def test_bf16_is_near(sphinx):
     pixels = processor.encode_images([_picture(32)])
     with torch.no_grad():
         exact = model.model.get_image_features(pixels).pooler_output
-        model.to(torch.bfloat16)
-        near = model.model.get_image_features(pixels).pooler_output
-        model.to(torch.float32)
+        near = deepcopy(model).to(torch.bfloat16).model.get_image_features(pixels).pooler_output
     assert near.dtype == torch.bfloat16
     assert functional.cosine_similarity(exact.flatten(), near.float().flatten(), dim=0) > 0.995
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("per", ["view", "item"])
+def test_frames_of_a_video_go_the_same_way(llm, paths, per):
+    """Of streams that are read per item, each is joined over the frames before the next one follows."""
+    encoders = [paths["clip_vision_model"], paths["dinov2_with_registers"]]
+    image = {"encoder": encoders, "join": "sequence", "connector": "streams"}
+    video = {"connector": {"type": "streams", "per": per, "positions": 3}, "frames": "uniform:3"}
+    model, processor = assemble(language_model=llm, image=image, video=video)
+    assert model.config.video_config.feature_lengths == [4, 9]
+    frames = processor.encode_images([_picture(24, seed) for seed in range(5)])
+    found = model.model.get_video_features(frames, torch.tensor([3, 2])).pooler_output
+    connector = model.model.video_tower.connector
+    streams = split_streams(model.model.image_tower.encode(frames), lengths=(4, 9), widths=(32, 32))
+    assert connector.positions is not None
+    places = connector.positions(torch.tensor([0, 1, 2, 0, 1]))[:, None].split(32, dim=-1)
+    first, second = (
+        layer(one + place) for layer, one, place in zip(connector.projections, streams, places, strict=True)
+    )
+    for vectors, own in zip(found, (slice(0, 3), slice(3, 5)), strict=True):
+        if per == "view":
+            expected = torch.cat([first[own], second[own]], dim=1).flatten(0, 1)
+        else:
+            expected = torch.cat([first[own].flatten(0, 1), second[own].flatten(0, 1)])
+        torch.testing.assert_close(vectors, expected)
+    size = (24, 24, 30, 3.0)
+    assert num_tokens(size, model.config.video_config.media_rule) == 3 * 13 == len(found[0])

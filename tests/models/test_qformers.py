@@ -168,6 +168,19 @@ def test_an_empty_local_stream_leaves_the_global_one_as_a_qformer_alone():
 
 
 @torch.no_grad()
+def test_of_an_empty_local_stream_nothing_is_read():
+    """Not a zero either: how the local queries would read it makes no difference."""
+    ours, layout = build(local_options(per="item")), Layout([(6, 6), (6,)], [(1, 1), (1, 1)])
+    features = torch.randn(3, 6, IN)
+    with_local, without = ours(features, layout)
+    for layer in ours.qformer.layer:
+        for cross in layer.crossattention[1:]:
+            randomized(cross)
+    changed, same = ours(features, layout)
+    assert torch.equal(same, without) and (changed - with_local).abs().max() > 1e-3
+
+
+@torch.no_grad()
 def test_streams_of_an_encoder_and_the_views_of_an_item_are_read_alike():
     """Two streams of equal width with the weights of the other."""
     views, streams = build(local_options(per="item")), build(local_options(), IN, IN)

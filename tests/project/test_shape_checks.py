@@ -13,7 +13,7 @@ def test_a_right_call_passes():
 
 
 def test_a_wrong_call_is_refused():
-    with pytest.raises(TypeCheckError, match="height"):
+    with pytest.raises(TypeCheckError, match="size"):
         num_tokens(("480", 640), RULE)
 
 

@@ -13,6 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mllm.assemble import assemble_checkpoint
+from mllm.testing import save_tiny_parts
+from mllm.testing_media import write_tiny_video
+from mllm.testing_sounds import save_tiny_audio_encoder, sine, write_wav
+
 ROOT = Path(__file__).parents[2]
 
 RECORD_LENGTHS = """
@@ -25,13 +30,21 @@ new MutationObserver(() => {
 
 
 @pytest.fixture(scope="module")
-def server(assembled, tmp_path_factory):
+def reader(tmp_path_factory):
+    """A tiny model of images, sounds and videos, saved."""
+    root = tmp_path_factory.mktemp("reader")
+    audio = {"encoder": save_tiny_audio_encoder(root / "whisper")}
+    return assemble_checkpoint(root / "model", **save_tiny_parts(root), audio=audio, video={"frames": "uniform:4"})
+
+
+@pytest.fixture(scope="module")
+def server(reader, tmp_path_factory):
     """The address of a page over the tiny model."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log.txt"
-    command = [sys.executable, "serve/demo.py", "--model", assembled, "--port", str(port)]
+    command = [sys.executable, "serve/demo.py", "--model", reader, "--port", str(port), "--max_seconds", "3"]
     with log.open("w") as output:
         process = subprocess.Popen(
             [*command, "--max_new_tokens", "48", "--max_upload_mb", "1"], cwd=ROOT, stdout=output, stderr=output
@@ -98,10 +111,28 @@ def test_a_corrupt_picture_gets_a_notice(page, tmp_path):
     _ask(page, "What is this?")
     page.get_by_text("damaged or truncated PNG").wait_for()
     _rest(page)
-    notices = page.get_by_text("This picture cannot be used").count()
+    notices = page.get_by_text("This cannot be used").count()
     _ask(page, "Never mind.")  # the bad picture is not part of the conversation
     _rest(page)
-    assert page.get_by_text("This picture cannot be used").count() == notices == 1
+    assert page.get_by_text("This cannot be used").count() == notices == 1
+
+
+@pytest.mark.browser
+def test_a_sound_and_a_video_are_answered(page, tmp_path):
+    notices = page.get_by_text("No answer").count()
+    _upload(page, write_wav(tmp_path / "tone.wav", sine(1.5)))
+    _upload(page, write_tiny_video(tmp_path / "clip.webm", frames=6))
+    assert _ask(page, "What do you hear and see?").inner_text().strip()
+    _rest(page)
+    assert page.get_by_text("No answer").count() == notices
+
+
+@pytest.mark.browser
+def test_a_long_sound_is_refused_by_its_length(page, tmp_path):
+    _upload(page, write_wav(tmp_path / "long.wav", sine(4.0)))
+    _ask(page, "What do you hear?")
+    page.get_by_text("is 4.0 seconds long. Expected: at most 3 seconds").wait_for()
+    _rest(page)
 
 
 @pytest.mark.browser
@@ -130,8 +161,10 @@ def _wait_for(address: str, process: subprocess.Popen, log: Path) -> None:
 
 
 def _upload(page, path: Path) -> None:
+    shown = page.locator(".thumbnail-item, .thumbnail-image")
+    known = shown.count()
     page.locator("input[type=file]").first.set_input_files(path)
-    page.locator(".thumbnail-item, .thumbnail-image").first.wait_for()
+    shown.nth(known).wait_for()
 
 
 def _ask(page, words: str):

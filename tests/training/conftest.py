@@ -81,27 +81,49 @@ def tiny_model_options():
 
 
 @pytest.fixture(scope="session")
-def tiny_changes(tiny_model_options):
-    """What `--set` is told to run a shipped plan here: other parts, rows and numbers of them, and nothing else."""
+def tiny_plan_rows():
+    """Rows of all media that a shipped plan's model reads, some without any."""
     from mllm.testing import save_tiny_rows
     from mllm.testing_media import save_tiny_media_rows
 
+    def make(directory: Path, plan: Path) -> Path:
+        model = yaml.safe_load(plan.read_text(encoding="utf-8"))["model"]
+        letters = [kind[0] for kind in ("image", "audio", "video") if kind in model]
+        if letters == ["i"]:
+            return save_tiny_rows(directory / "rows")
+        return save_tiny_media_rows(directory / "rows", [*letters, *letters, "".join(letters), ""])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_stage_parts():
+    """The `parts:` of a stage, as YAML, for encoders of two layers."""
+
+    def make(stage: dict[str, Any]) -> str:
+        parts = {
+            name: {**chosen, "layers": "1:"} if isinstance(chosen, dict) and "layers" in chosen else chosen
+            for name, chosen in stage["parts"].items()
+        }
+        return yaml.safe_dump(parts, default_flow_style=True, width=10_000)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_changes(tiny_model_options, tiny_plan_rows, tiny_stage_parts):
+    """What `--set` is told to run a shipped plan here: other parts, rows and numbers of them, and nothing else."""
+
     def make(directory: Path, plan: Path) -> list[str]:
-        options = tiny_model_options(directory, plan)
-        kinds = [kind for kind in ("image", "audio", "video") if kind in options]
-        if kinds == ["image"]:
-            rows = save_tiny_rows(directory / "rows")
-        else:
-            letters = [kind[0] for kind in kinds]
-            rows = save_tiny_media_rows(directory / "rows", [*letters, *letters, "".join(letters), ""])
-        changes = [f"model={yaml.safe_dump(options, default_flow_style=True, width=10_000)}"]
-        changes += ["use_cpu=true", "dataloader_num_workers=0", "logging_steps=1", "report_to=none"]
+        options, rows = tiny_model_options(directory, plan), tiny_plan_rows(directory, plan)
+        changes = [
+            f"model={yaml.safe_dump(options, default_flow_style=True, width=10_000)}",
+            "use_cpu=true",
+            "logging_steps=1",
+        ]
         for stage in yaml.safe_load(plan.read_text(encoding="utf-8"))["stages"]:
-            small = {"data": f"[{rows}]", "max_steps": 2, "per_device_train_batch_size": 2}
-            small |= {"gradient_accumulation_steps": 1, "dataloader_num_workers": 0, "warmup_steps": 1}
-            # Tiny encoders have two layers.
-            ranges = [part for part, chosen in stage["parts"].items() if isinstance(chosen, dict) and "layers" in chosen]
-            small |= {f"parts.{part}.layers": "'1:'" for part in ranges}
+            small = {"data": f"[{rows}]", "parts": tiny_stage_parts(stage), "max_steps": 2, "warmup_steps": 1}
+            small |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "dataloader_num_workers": 0}
             changes += [f"stages.{stage['name']}.{key}={value}" for key, value in small.items()]
         return changes
 
@@ -121,7 +143,7 @@ def _tiny(value: Any, directory: Path) -> Any:
         small["window_seconds"] = 0.25
     if "image_size" in small:
         small["image_size"] = 16
-    if "qformer" in str((small.get("connector") or {})):
+    if "qformer" in str(small.get("connector")):
         small["connector"] = _tiny_qformer(small["connector"], directory)
     return small
 
@@ -138,7 +160,14 @@ def _tiny_encoder(path: str, directory: Path) -> str:
 def _tiny_qformer(options: dict[str, Any], directory: Path) -> dict[str, Any]:
     from mllm.testing_images import NUM_QUERIES
 
-    small = {**options, "layers": 2, "hidden_size": 32, "heads": 4, "intermediate_size": 48, "num_queries": NUM_QUERIES}
+    small = {
+        **options,
+        "layers": 2,
+        "hidden_size": 32,
+        "heads": 4,
+        "intermediate_size": 48,
+        "num_queries": NUM_QUERIES,
+    }
     if "init_from" in options:
         small["init_from"] = _tiny_encoder(options["init_from"], directory / "start")
     if "tokenizer" in options:

@@ -34,8 +34,15 @@ class Arrangement(nn.Module):
         assert self.rule.tiles is not None
         return self.rule.tiles
 
-    def forward(self, items: Sequence[Sequence[Vectors]], sizes: Sequence[Grid] | None) -> list[Vectors]:
-        """Arrange the views of each item.
+    def lengths(self, items: Sequence[Sequence[Vectors]], sizes: Sequence[Grid] | None) -> list[int]:
+        """How many vectors each item becomes."""
+        views = [tuple(map(len, item)) for item in items]
+        if sizes is None:
+            return list(map(sum, views))
+        return [self.rule.arranged(size, lengths) for size, lengths in zip(sizes, views, strict=True)]
+
+    def forward(self, items: Sequence[Sequence[Vectors]], sizes: Sequence[Grid] | None) -> Vectors:
+        """Arrange the views of each item; the items follow one another in one tensor, see `Connector.forward`.
 
         Args:
             items: The vectors of each of its views.
@@ -44,9 +51,9 @@ class Arrangement(nn.Module):
         """
         if sizes is None:
             nothing = sum(0.0 * vector.sum() for vector in self.parameters())
-            return [torch.cat(list(views)) + nothing for views in items]
+            return torch.cat([view for views in items for view in views]) + nothing
         arrange = {"rows": self._as_map, "views": self._one_by_one}[self._tiles.order]
-        return [arrange(views, size) for views, size in zip(items, sizes, strict=True)]
+        return torch.cat([arrange(views, size) for views, size in zip(items, sizes, strict=True)])
 
     def _as_map(self, views: Sequence[Vectors], size: Grid) -> Vectors:
         """The overview, then the tiles as one map, line by line; see `LlavaNextModel.pack_image_features`."""

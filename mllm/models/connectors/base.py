@@ -149,17 +149,27 @@ class Connector(nn.Module):
         features: Features,
         layout: Layout | None = None,
         question: Question | None = None,
-    ) -> Float[Tensor, "N V D_out"] | list[Float[Tensor, "V D_out"]]:
+        *,
+        as_one: bool = False,
+    ) -> Float[Tensor, "N V D_out"] | Float[Tensor, "all D_out"] | list[Float[Tensor, "_ D_out"]]:
         """Connect the views of a batch.
 
         Args:
             features: Of all views, in order; a tuple where there are several streams, all of whose features count.
             layout: Which belong together; None where every view is an item, and all of its features count.
             question: What each item is asked about.
+            as_one: Whether the vectors of items with a layout come in one tensor, one item behind the other. ZeRO-3
+                counts the tensors that leave a module, of which every rank has to have as many.
 
         Returns:
             The vectors of each item: one tensor without a layout, else one for each.
         """
+        items = self._connect_views(features, layout, question)
+        return torch.cat(items) if as_one and isinstance(items, list) else items
+
+    def _connect_views(
+        self, features: Features, layout: Layout | None, question: Question | None
+    ) -> Float[Tensor, "N V D_out"] | list[Float[Tensor, "_ D_out"]]:
         num_views = len(features[0] if isinstance(features, tuple) else features)
         counts = [1] * num_views if layout is None else [len(views) for views in layout.views]
         features = self._placed(features, counts)
@@ -180,7 +190,7 @@ class Connector(nn.Module):
 
     def _connect_items(
         self, features: Features, layout: Layout, question: Question | None
-    ) -> list[Float[Tensor, "V D_out"]]:
+    ) -> list[Float[Tensor, "_ D_out"]]:
         joined: Features
         lengths: Lengths
         if isinstance(features, tuple):
@@ -194,11 +204,12 @@ class Connector(nn.Module):
         vectors = [one[: self.length_rule.count(sum(item))] for one, item in zip(connected, layout.views, strict=True)]
         return self._arranged([[one] for one in vectors], layout)
 
-    def _arranged(self, items: Any, layout: Layout | None) -> list[Float[Tensor, "V D_out"]]:
+    def _arranged(self, items: Any, layout: Layout | None) -> list[Float[Tensor, "_ D_out"]]:
         """The vectors of each item, from those of its views."""
         if self.arrangement is None:
             return [torch.cat(views) for views in items]
-        return self.arrangement(items, None if layout is None else layout.sizes)
+        sizes = None if layout is None else layout.sizes
+        return list(self.arrangement(items, sizes).split(self.arrangement.lengths(items, sizes)))
 
     def _joined(
         self, features: Float[Tensor, "N L D_in"], items: list[tuple[int, ...]]

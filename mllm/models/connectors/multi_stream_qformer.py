@@ -22,8 +22,9 @@ from transformers.models.blip_2.modeling_blip_2 import (
 from mllm.errors import OptionError
 from mllm.models.connectors.base import Connector, counted_features
 from mllm.models.connectors.qformer import FEATURE_NORM_EPSILON, QFormerOptions, fresh_queries, without_flash
-from mllm.shapes import Float, Int, Tensor
-from mllm.sizes import LengthRule
+from mllm.shapes import Float, Int, MediaVectors, Tensor
+from mllm.sizes import ImageTokenRule, LengthRule
+from mllm.sizes.tiles import Grid
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,12 @@ class MultiStreamQFormerConnector(Connector):
         return self.language_projection(read)
 
     def _connect_items(self, features, layout, question):
-        """Of an encoder with one stream, the first view of an item is global, and all others are local."""
+        """Of an encoder with one stream, one view of an item is global, and all others are local."""
         if isinstance(features, tuple):
             return super()._connect_items(features, layout, question)
         views, first, rest = iter(features), [], []
-        for item in layout.views:
-            overview, *others = [next(views)[:length] for length in item]
+        for item, size in zip(layout.views, layout.sizes, strict=True):
+            overview, others = self._parted([next(views)[:length] for length in item], size)
             first.append(overview)
             rest.append(torch.cat([overview[:0], *others]))
         streams = [_padded(first), _padded(rest)]
@@ -101,6 +102,16 @@ class MultiStreamQFormerConnector(Connector):
             tuple(stream for stream, _ in streams), tuple(lengths for _, lengths in streams), question
         )
         return self._arranged([[one] for one in connected], layout)
+
+    def _parted(self, views: list[MediaVectors], size: Grid) -> tuple[MediaVectors, Sequence[MediaVectors]]:
+        """The view of the whole and those of its parts: the overview of an image in tiles, else the first of all."""
+        if self.arrangement is None:
+            return views[0], views[1:]
+        rule = self.arrangement.rule
+        assert isinstance(rule, ImageTokenRule) and rule.tiles is not None
+        overview, tiles = rule.tiles.parted(views, rule.tiles.grid(size, rule.image_size))
+        ordered = [*overview, *tiles]
+        return ordered[0], ordered[1:]
 
     def _check(self, options: MultiStreamQFormerOptions) -> None:
         if len(self.in_sizes) > 1:

@@ -49,7 +49,7 @@ class WindowedQFormerConnector(QFormerConnector):
         item was padded with.
         """
         left_out = ~counted_features(features, lengths)[..., None]
-        features = self.normed(features)
+        features = self.normed(features).masked_fill(left_out, 0.0)
         size, windows = self.options.window, -(-features.shape[1] // self.options.window)
         filled = pad(features, (0, 0, 0, windows * size - features.shape[1]))
         read = self.read(filled.reshape(len(features) * windows, size, -1), None, None)

@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -197,10 +198,8 @@ def _keys(
     for item, content in zip(media.items, contents, strict=True):
         names: list[str] = []
         if isinstance(content, Content):
-            try:
+            with suppress(RowError):
                 names = view_names(item, processor)
-            except RowError:
-                pass
         space = sources[item.kind].store.space
         keys.append(tuple(space.key(content.sha256, item, name) for name in names) if names else ())
     return keys
@@ -245,9 +244,7 @@ def _spread(problems: Problems) -> Problems:
     return dict(gathered)
 
 
-def _places(
-    directory: Path, media: RunMedia, keys: Keys, sources: Mapping[str, Source], problems: Problems
-) -> Places:
+def _places(directory: Path, media: RunMedia, keys: Keys, sources: Mapping[str, Source], problems: Problems) -> Places:
     """Where the features of each item lie; items of the same content share places, or a problem."""
     bad = {key: number for number in problems for key in keys[number]}
     _see_all(media, keys, sources, bad)
@@ -267,9 +264,7 @@ def _places(
     return Places(np.array(views, np.int64).reshape(-1, 2), np.array(starts, np.int64), problems)
 
 
-def _see_all(
-    media: RunMedia, keys: Keys, sources: Mapping[str, Source], bad: Mapping[bytes, int]
-) -> None:
+def _see_all(media: RunMedia, keys: Keys, sources: Mapping[str, Source], bad: Mapping[bytes, int]) -> None:
     """Read the lists of what all ranks have written; a network disk may show a new file some seconds late."""
     for kind, source in sources.items():
         wanted = {key for item, own in zip(media.items, keys, strict=True) if item.kind == kind for key in own}

@@ -1,4 +1,4 @@
-"""How much memory a rank will need, by a formula that can be read. Nothing is run.
+"""How much memory a rank will need, by a formula that can be read. Nothing is run but connectors, on one item each.
 
 Weights, gradients and optimiser state are counted exactly, as sharding divides them. What the backward needs of the
 forward is estimated: for every position and every layer that a gradient passes, the inputs and outputs of the layer's
@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mllm.models.loss import CHUNK_BYTES, LARGE_CHUNK_BYTES
+from mllm.models.mixed_encoder import MixedEncoder
 from mllm.models.parts import Part, PartOptions, chosen_layers, layers_of, own_modules
 
 OPTIMIZER_STATES: dict[str, tuple[int, float | None]] = {
@@ -182,17 +183,26 @@ def media_positions(encoder: nn.Module, media: torch.Tensor | None) -> int:
     """How many positions an encoder has for the media of a batch: what its first convolutions make of them.
 
     Args:
-        encoder: It cuts images into patches with one convolution, or sounds into frames with several.
+        encoder: It cuts images into patches with one convolution (as spectrograms, whose patches may overlap), or
+            sounds into frames with several.
         media: Its input.
 
     Example: two images of 3 x 32 x 32 in patches of 16 x 16 are 8 positions.
+
+    Of several encoders the most that one has: each has layers of its own.
     """
+    mixed = next((one for one in encoder.modules() if isinstance(one, MixedEncoder)), None)
+    if mixed is not None and media is not None:
+        sides = [reading["image_size"] for reading in mixed.config.readings]
+        views = [media.new_empty(*media.shape[:2], side, side, device="meta") for side in sides]
+        return max(media_positions(*pair) for pair in zip(mixed.encoders.values(), views, strict=True))
     convolutions = [one for one in encoder.modules() if isinstance(one, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
     if media is None or not convolutions:
         return 0
     if isinstance(convolutions[0], nn.Conv1d):
         return len(media) * media.shape[-1] // math.prod(one.stride[0] for one in convolutions)
-    return media.numel() // convolutions[0].weight[0].numel()
+    first = convolutions[0]
+    return media.numel() // (first.in_channels * math.prod(first.stride))
 
 
 def batch_bytes(batch: Mapping[str, object]) -> int:

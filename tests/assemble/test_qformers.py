@@ -25,10 +25,11 @@ from transformers import (
 )
 
 from mllm.assemble import assemble, assemble_checkpoint
+from mllm.assemble.qformers import Start, question_options
 from mllm.errors import CompositionError
 from mllm.models import MllmForConditionalGeneration
 from mllm.processing import MllmProcessor
-from mllm.testing import save_tiny_parts
+from mllm.testing import save_tiny_parts, tiny_tokenizer
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "what", "is", "this", "how", "many", "digits", "?", "[MASK]"]
 SMALL = {"layers": 3, "hidden_size": 8, "heads": 2, "intermediate_size": 10, "num_queries": 5}
@@ -216,6 +217,7 @@ def test_words_of_a_blip_2_that_reads_them(sources, parts):
         ({"cross_attention_frequency": 1}, r"layer\.1\.crossattention\S* is not there"),
         ({"init_from": "encoder"}, "a 'clip_vision_model' model(?s:.*)blip-2, instructblip, bert"),
         ({"init_from": "/nowhere"}, "init_from = '/nowhere' cannot be read"),
+        ({"type": "instruct_qformer", "init_from": "encoder"}, "a 'clip_vision_model' model"),
         ({"type": "instruct_qformer"}, "without a tokenizer(?s:.*)tokenizer: google-bert/bert-base-uncased"),
         ({"type": "instruct_qformer", "tokenizer": "/nowhere"}, "tokenizer = '/nowhere' cannot be read"),
     ],
@@ -251,3 +253,49 @@ def test_of_a_sharded_checkpoint_only_what_is_needed_is_read(sources, parts, tmp
     options["image"]["connector"]["feature_norm"] = False
     found = weights_of(assemble(**options)[0])
     assert all(torch.equal(found[name], value) for name, value in whole.items())
+
+
+def test_two_connectors_read_questions_with_one_tokenizer(sources, parts, tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    words = {"type": "instruct_qformer", "max_question_tokens": 32, "tokenizer": sources["bert"][0]}
+    options = parts(words)
+    options["video"] = {"connector": {**SMALL, **words, "max_question_tokens": 2}, "frames": "uniform:2"}
+    _, processor = assemble(**options)
+    content = [{"type": "video"}, {"type": "image"}, {"type": "text", "text": "how many digits ?"}]
+    asked = processor.encode_questions([[{"role": "user", "content": content}]])
+    assert asked["image_question_ids"].tolist() == [[2, 7, 8, 9, 10, 3]]
+    assert asked["video_question_ids"].tolist() == [[2, 3]]
+    options["video"]["connector"]["tokenizer"] = str(tmp_path / "other")
+    with pytest.raises(CompositionError, match="image, video that read questions with different tokenizers"):
+        assemble(**options)
+
+
+def test_a_connector_of_another_model_needs_its_tokenizer_named():
+    with pytest.raises(CompositionError, match="of another model for audio(?s:.*)`tokenizer`"):
+        question_options({"audio": Start(None)}, {"audio": {"type": "instruct_qformer"}})
+
+
+@torch.no_grad()
+def test_composed_with_a_language_model_it_is_blip_2(sources, tmp_path):
+    """Encoder, norm, Q-Former, projection and language model: the logits of transformers' own class."""
+    path, parts_of_stock = sources["blip2"]
+    connector = {"type": "qformer", **SMALL, "feature_norm": True, "init_from": path}
+    image = {"encoder": path, "feature_layer": -1, "feature_select": "full", "connector": connector}
+    model, processor = assemble(**{**save_tiny_parts(tmp_path, llm="opt"), "image": image})
+    config = Blip2Config(
+        vision_config=VISION,
+        qformer_config=QFORMER,
+        text_config=model.config.text_config.to_dict(),
+        num_query_tokens=5,
+        image_token_index=model.config.image_token_id,
+    )
+    stock = Blip2ForConditionalGeneration(config).eval()
+    weights = {name: value for name, value in parts_of_stock.state_dict().items() if "language_model" not in name}
+    missing, unexpected = stock.load_state_dict(weights, strict=False)
+    assert not unexpected and all(name.startswith("language_model.") for name in missing)
+    stock.language_model.model.decoder.load_state_dict(model.model.language_model.decoder.state_dict())
+    stock.language_model.lm_head.load_state_dict(model.lm_head.state_dict())
+    chat = processor.encode_chat(user("How many digits?"), media_sizes=[(16, 16)])
+    batch = {"input_ids": torch.tensor([chat.input_ids]), "pixel_values": torch.randn(1, 3, 16, 16)}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    torch.testing.assert_close(model(**batch).logits, stock(**batch).logits, rtol=0, atol=1e-5)

@@ -1,0 +1,93 @@
+"""What the programs that train the digits world's parts learn from: labels of sounds, and the order of lessons."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SILENT, NONE = 0, -100
+SMALL = {
+    "data_recipes/digits.py": "--out DIR/data --scenes 60 --text_share 0.01 --eval_scenes 4",
+    "data_recipes/digits_videos.py": "--world DIR/data --out DIR/videos --videos 40 --lessons 40 --eval_videos 4",
+    "data_recipes/digits_sounds.py": "--world DIR/data --out DIR/sounds --sounds 30 --both 20 "
+    "--lessons 40 --eval_sounds 4",
+    "scripts/train_digit_backbones.py": "--data DIR/data --out DIR/backbones --encoder_steps 2 --llm_steps 3 "
+    "--lessons DIR/videos/lessons.jsonl DIR/sounds/lessons.jsonl",
+    "scripts/train_digit_whisper.py": "--data DIR/sounds --out DIR/whisper --steps 2",
+    "train/run.py": "train/configs/quickstart_modalities.yaml --output_dir DIR/run --data_root DIR --set "
+    "model.image.encoder=DIR/backbones/encoder model.audio.encoder=DIR/whisper model.language_model=DIR/backbones/llm "
+    "stages.align.max_steps=2 stages.sft.max_steps=2",
+    "scripts/inspect_data.py": "show --data DIR/videos/videos.jsonl DIR/sounds/both.jsonl --model DIR/run/sft/final "
+    "--rows 3 --html DIR/rows.html",
+    "scripts/evaluate_model.py": "DIR/run/sft/final --rows DIR/data/eval DIR/videos/eval DIR/sounds/eval "
+    "--out DIR/evaluation.json --tasks caption motion order beeps glide tones match",
+}
+"""The quickstart with all modalities, step by step, small enough to be run and far too small to learn anything."""
+
+
+@pytest.fixture(scope="module")
+def whisper():
+    return runpy.run_path(str(ROOT / "scripts" / "train_digit_whisper.py"))
+
+
+@pytest.fixture(scope="module")
+def backbones():
+    return runpy.run_path(str(ROOT / "scripts" / "train_digit_backbones.py"))
+
+
+def test_moments_are_named_by_what_sounds_at_them(whisper):
+    """Each of 20 ms, by its middle: 400 Hz from 0.1 s to 0.2 s, then a glide from 500 Hz to 250 Hz."""
+    number, height, change = whisper["name_moments"]([[0.1, 0.2, 400.0, 400.0], [0.5, 1.0, 500.0, 250.0]])
+    assert number.tolist() == [SILENT] * 5 + [1] * 5 + [SILENT] * 15 + [2] * 25 + [SILENT] * 50
+    classes = np.log(np.array([400, 500]) / 260) / np.log(2000 / 260) * 24
+    assert height[5:10].tolist() == [int(classes[0])] * 5
+    assert height[25] == int(classes[1]) and height[49] == 0 and (np.diff(height[25:50]) <= 0).all()
+    assert change[5:10].tolist() == [0] * 5 and change[25:50].tolist() == [5] * 25
+    for labels in (height, change):
+        assert (labels[number == SILENT] == NONE).all() and (labels[number != SILENT] >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("before", "low", "high", "change"),
+    [(None, 5, 5, 0), (5, 5, 5, 1), (4, 5, 5, 2), (6, 5, 5, 3), (None, 5, 6, 4), (9, 6, 5, 5)],
+)
+def test_a_change_of_pitch_has_a_class(whisper, before, low, high, change):
+    assert whisper["name_change"](before, low, high) == change < whisper["CHANGES"]
+
+
+def test_further_lessons_come_together_and_then_among_the_others(backbones, tmp_path):
+    paths = [tmp_path / "text.jsonl", tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    for path, count in zip(paths, (100, 40, 5), strict=True):
+        path.write_text("".join(json.dumps([path.stem, number]) + "\n" for number in range(count)))
+    alone, held_out = backbones["read_lessons"](paths[:1])
+    assert alone == [["text", number] for number in range(100)] and held_out == 10
+
+    rows, held_out = backbones["read_lessons"](paths)
+    assert rows[-held_out:] == [["text", n] for n in range(90, 100)] + [["one", n] for n in range(36, 40)]
+    trained = rows[:-held_out]
+    for name, count in (("text", 90), ("one", 36), ("two", 5)):
+        assert [row for row in trained if row[0] == name] == [[name, number] for number in range(count)]
+    together = [name for name, _ in trained[46:75]]
+    assert [name for name, _ in trained[:46]] == ["text"] * 46
+    assert together == ["one"] * 25 + ["two"] * 4
+    spread = [place for place, (name, _) in enumerate(trained[75:]) if name == "one"]
+    assert len(spread) >= 10 and max(b - a for a, b in zip(spread, spread[1:], strict=False)) <= 7
+
+
+@pytest.mark.slow
+def test_all_modalities_from_data_to_scores(tmp_path):
+    for program, options in SMALL.items():
+        words = options.replace("DIR", str(tmp_path)).split()
+        seed = ["--seed", "0"] if "digit" in program else []
+        run = subprocess.run([sys.executable, ROOT / program, *words, *seed], cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+    assert (tmp_path / "rows.html").stat().st_size > 1000
+    scores = json.loads((tmp_path / "evaluation.json").read_text())["tasks"]
+    assert {"motion", "match"} < set(scores) and all(
+        0 <= v <= 1 for one in scores.values() for v in one["model"].values()
+    )
