@@ -2,8 +2,8 @@
 
     python data_recipes/digits_videos.py --world runs/digits --out runs/digits_videos --seed 0
 
-`--world` is what data_recipes/digits.py wrote: its split of the scans holds here, too. In one half of the videos one
-to three digits move along a row or a column each, in the other two or three appear one after another. Written are
+`--world` is what data_recipes/digits.py wrote: its split of the scans holds here, too. In one half of the videos a
+digit, sometimes two, moves along a row or a column, in the other two or three appear one after another. Written are
 
     videos/*.mp4           H.264, 48 x 48 pixels, one to two seconds
     videos.jsonl           all these questions about each video: for supervised fine-tuning
@@ -19,10 +19,12 @@ import json
 import os
 import random
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from PIL import Image
 from sklearn.datasets import load_digits
 from tqdm import tqdm
@@ -50,7 +52,10 @@ QUESTIONS = {
     "last": ("Which digit appears last?", "What is the last digit to appear?"),
 }
 TASKS = ("motion", "order")
-LESSONS = (("motion",), ("motion",), ("order",), TASKS)  # what the lessons are about, a quarter each
+TWO_MOVE = 0.2  # share of the videos of motion in which a second digit moves, too
+LESSONS = (("motion",), ("motion", "opposite"), ("order",), TASKS)
+"""What the lessons are about, a quarter each. What a direction is can be learned from one digit that moves alone, and
+only then which of two is asked for."""
 
 
 def main() -> None:
@@ -125,11 +130,20 @@ def group_by_digit(scans: list[int], labels: list[int]) -> list[list[int]]:
     return [[scan for scan in scans if labels[scan] == digit] for digit in range(10)]
 
 
-def draw_motion(rng: random.Random, by_digit: list[list[int]]) -> dict:
-    """One to three different digits, each moving along a row, or each along a column, of its own."""
+def draw_motion(rng: random.Random, by_digit: list[list[int]], *, are_opposite: bool = False) -> dict:
+    """One or two different digits, each moving along a row, or each along a column, of its own.
+
+    Args:
+        rng: Draws everything.
+        by_digit: The scans of each digit.
+        are_opposite: Whether there are two, and they move in opposite directions.
+    """
     is_horizontal, things = rng.random() < 0.5, []
-    for lane, digit in zip(rng.sample(range(3), rng.randint(1, 3)), rng.sample(range(10), 3), strict=False):
-        start, end = rng.sample(range(3), 2)
+    count = 2 if are_opposite or rng.random() < TWO_MOVE else 1
+    ways = [rng.sample(range(3), 2) for _ in range(count)]
+    if are_opposite and (ways[0][0] < ways[0][1]) == (ways[1][0] < ways[1][1]):
+        ways[1].reverse()
+    for lane, digit, (start, end) in zip(rng.sample(range(3), count), rng.sample(range(10), count), ways, strict=True):
         cells = [(lane, start), (lane, end)] if is_horizontal else [(start, lane), (end, lane)]
         things.append(draw_thing(rng, digit, by_digit, cells=cells, appears=0.0))
     return {"task": "motion", "things": things}
@@ -153,7 +167,7 @@ def draw_thing(rng: random.Random, digit: int, by_digit: list[list[int]], *, cel
     return {"digit": digit, "colour": colour, "scan": scan, "cells": cells, "appears": appears}
 
 
-DRAW = {"motion": draw_motion, "order": draw_order}
+DRAW = {"motion": draw_motion, "opposite": partial(draw_motion, are_opposite=True), "order": draw_order}
 
 
 def position(thing: dict, moment: float) -> np.ndarray:
@@ -220,8 +234,9 @@ def write_video(path: Path, frames: list[np.ndarray], rate: int) -> None:
         stream = container.add_stream("libx264", rate=rate, options={"crf": "14", "preset": "veryfast"})
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt, stream.time_base, stream.thread_count = "yuv420p", Fraction(1, rate), 1
+        convert = VideoReformatter().reformat
         for pixels in frames:
-            planes = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p").to_ndarray()
+            planes = convert(av.VideoFrame.from_ndarray(pixels, format="rgb24"), format="yuv420p").to_ndarray()
             container.mux(stream.encode(av.VideoFrame.from_ndarray(planes, format="yuv420p")))
         container.mux(stream.encode())
 

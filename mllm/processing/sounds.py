@@ -31,7 +31,7 @@ def fitted_sound(item: MediaInput, sampling_rate: int, *, where: str) -> MediaIn
             expected="the length that the file has: tokens are counted by it",
             do="correct the row's media, or leave the length out",
         )
-    return item._replace(data=np.pad(item.data[:wanted], (0, max(missing, 0))))
+    return MediaInput(item.kind, np.pad(item.data[:wanted], (0, max(missing, 0))), item.size, item.row)
 
 
 def encode_sounds(items: Sequence[MediaInput], extractor: Any, rule: AudioTokenRule) -> dict[str, Tensor]:

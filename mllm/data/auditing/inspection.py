@@ -167,7 +167,9 @@ def load_reader(path: str | Path, *, chat_template: str | None = None) -> tuple[
             do="correct the path",
         ) from error
     add_placeholder(tokenizer, "<image>", num_rows=len(tokenizer) + 1)
-    processor = build_processor(tokenizer, CLIPImageProcessorPil(), rules={"image": STAND_IN}, chat_template=chat_template)
+    processor = build_processor(
+        tokenizer, CLIPImageProcessorPil(), rules={"image": STAND_IN}, chat_template=chat_template
+    )
     return processor, f"tokenizer of {path}, each image counted as 576 tokens, padded to a square of 336 pixels"
 
 

@@ -99,7 +99,8 @@ def test_the_page_shows_what_is_read_and_what_is_learned(row, processor):
 def test_the_picture_of_what_is_seen_is_what_the_encoder_gets(row, processor):
     image = decode_image(row.media[0].path)
     seen = seen_image(image, processor)
-    assert seen.size == (processor.image_size, processor.image_size)
+    side = processor.rule("image").image_size
+    assert seen.size == (side, side)
     again = processor.encode_images([seen])[0]
     assert np.abs((again - processor.encode_images([image])[0]).numpy()).max() < 0.02  # half a step of 8 bits
 

@@ -128,7 +128,7 @@ def test_marks_say_what_is_learned_where_there_are_no_colours(processor, tmp_pat
     plain = row_text(talk(tmp_path), processor, colour=False)
     assert re.search(r"\[\[ ?A kite\. 猫", plain) and re.search(r"\[\[ ?A dog\.", plain)
     assert not re.search(r"\[\[ ?Quite", plain)
-    assert f"<image> x {processor.image_size**2 // processor.patch_size**2}" in plain
+    assert f"<image> x {processor.num_image_tokens(10, 10)}" in plain
     assert "[[...]]" in legend(colour=False, has_tokens=True)
 
 
