@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 
 from mllm.models.audio_encoders import audio_features
@@ -19,11 +19,12 @@ from mllm.models.connectors import Layout, Question, build_connector
 from mllm.models.connectors.base import Features
 from mllm.models.encoders import build_encoder, native_shape
 from mllm.models.fusion import placeholder_mask, scatter_features
+from mllm.models.generation import MediaGenerationMixin
 from mllm.models.loss import supervised_loss
 from mllm.models.media import (
+    VALUES,
     Media,
     MediaSizes,
-    items_of_rows,
     media_layout,
     select_features,
     sounding_samples,
@@ -201,40 +202,28 @@ class MllmModel(MllmPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def get_image_features(
-        self,
-        pixel_values: MediaValues,
-        image_sizes: MediaSizes | None = None,
-        image_question_ids: Tensor | None = None,
-        image_question_mask: Tensor | None = None,
-        return_dict: bool = True,
+        self, pixel_values: MediaValues, image_sizes: MediaSizes | None = None, **kwargs
     ) -> BaseModelOutputWithPooling:
-        """Encode images; as in stock models the connected features are the output's `pooler_output`."""
-        media = Media("image", pixel_values, image_sizes, None, image_question_ids, image_question_mask)
-        return BaseModelOutputWithPooling(pooler_output=self.encode_media([media])[0]["image"])
+        """Encode images; as in stock models the connected features are the output's `pooler_output`.
+
+        Args:
+            pixel_values: Of all views.
+            image_sizes: Of the items, see `mllm.models.media`.
+            **kwargs: Questions, by the names that `Media` has them under.
+        """
+        return self._features_of("image", pixel_values, {"image_sizes": image_sizes, **kwargs})
 
     def get_video_features(
-        self,
-        pixel_values_videos: MediaValues,
-        video_sizes: MediaSizes | None = None,
-        video_question_ids: Tensor | None = None,
-        video_question_mask: Tensor | None = None,
-        return_dict: bool = True,
+        self, pixel_values_videos: MediaValues, video_sizes: MediaSizes | None = None, **kwargs
     ) -> BaseModelOutputWithPooling:
         """Encode videos, of which all frames follow one another; see `get_image_features`."""
-        media = Media("video", pixel_values_videos, video_sizes, None, video_question_ids, video_question_mask)
-        return BaseModelOutputWithPooling(pooler_output=self.encode_media([media])[0]["video"])
+        return self._features_of("video", pixel_values_videos, {"video_sizes": video_sizes, **kwargs})
 
     def get_audio_features(
-        self,
-        input_features: MediaValues,
-        audio_sizes: MediaSizes | None = None,
-        audio_question_ids: Tensor | None = None,
-        audio_question_mask: Tensor | None = None,
-        return_dict: bool = True,
+        self, input_features: MediaValues, audio_sizes: MediaSizes | None = None, **kwargs
     ) -> BaseModelOutputWithPooling:
         """Encode sounds; see `get_image_features`."""
-        media = Media("audio", input_features, audio_sizes, None, audio_question_ids, audio_question_mask)
-        return BaseModelOutputWithPooling(pooler_output=self.encode_media([media])[0]["audio"])
+        return self._features_of("audio", input_features, {"audio_sizes": audio_sizes, **kwargs})
 
     def forward(
         self,
@@ -299,6 +288,10 @@ class MllmModel(MllmPreTrainedModel):
         filled = [one.modality for one in media if one.modality in missing and one.modality in connected]
         zeros = [0.0 * sum(item.sum() for item in connected.pop(modality)) for modality in filled]
         return connected, sum(zeros[1:], zeros[0]) if zeros else None
+
+    def _features_of(self, modality: str, values: MediaValues, inputs: dict[str, Any]) -> BaseModelOutputWithPooling:
+        media = take_media(modality, {**inputs, VALUES[modality]: values})
+        return BaseModelOutputWithPooling(pooler_output=self.encode_media([media])[0][modality])
 
     def _encode_and_connect(self, media: list[Media]) -> dict[str, MediaFeatures | list[MediaVectors]]:
         """Each encoder is called once: frames join the images. Then each modality is connected, in one order."""
@@ -366,7 +359,7 @@ class MllmModel(MllmPreTrainedModel):
         return Media(media.modality, self.towers[self._encoder_tower(media.modality)].native_zeros(), **question)
 
 
-class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
+class MllmForConditionalGeneration(MllmPreTrainedModel, MediaGenerationMixin):
     """The composed model with the language model's head: trains on labels, generates text about media."""
 
     def __init__(self, config: MllmConfig):
@@ -448,39 +441,6 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    @torch.no_grad()
-    def generate(self, inputs: TokenIds | None = None, **kwargs) -> Any:
-        """Generate text about media, which are encoded once, before it starts; stock code does so for two modalities.
-
-        Ranks that share a sharded model call the towers equally often, with media or without.
-
-        Args:
-            inputs: Token ids; also as `input_ids`.
-            **kwargs: The batch's media, and what transformers' `generate` takes.
-        """
-        given = dict(kwargs.pop("mm_encoder_outputs", None) or {})
-        media = [take_media(modality, kwargs) for modality in self.model.towers]
-        encoded, _ = self.model.encode_media(media, given=given, joins_ranks=True)
-        given |= {name: BaseModelOutputWithPooling(pooler_output=items) for name, items in encoded.items()}
-        input_ids = kwargs.get("input_ids") if inputs is None else inputs
-        if input_ids is not None:
-            self.model.check_placeholders(input_ids, {name: one.pooler_output for name, one in given.items()})
-        if given:
-            kwargs["mm_encoder_outputs"] = given
-        return super().generate(inputs, **kwargs)
-
-    def _expand_multimodal_outputs(
-        self, input_ids: TokenIds, mm_encoder_output: dict, expand_size: int = 1, **kwargs
-    ) -> dict[str, BaseModelOutputWithPooling]:
-        """Each row's media as often as the row is repeated (beams, several answers): A B, A B, not A A, B B."""
-        expanded = {}
-        for modality, outputs in mm_encoder_output.items():
-            placeholder = getattr(self.config, f"{modality}_token_id")
-            rows = items_of_rows(list(outputs.pooler_output), (input_ids == placeholder).sum(-1).tolist())
-            items = [item for row in rows for item in row * expand_size]
-            expanded[modality] = BaseModelOutputWithPooling(pooler_output=items)
-        return expanded
 
     def _embedding_name(self) -> str:
         """Full name of the input embedding; families call it embed_tokens, wte, embed_in, word_embeddings."""

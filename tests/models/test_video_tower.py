@@ -88,8 +88,12 @@ def test_frames_are_asked_about_what_their_video_is(tmp_path):
     questions = processor.encode_questions(conversations)
     pixels = torch.randn(1, 3, 16, 16).expand(5, -1, -1, -1)
     ids, mask = questions["video_question_ids"], questions["video_question_mask"]
-    found = torch.cat(model.get_video_features(pixels, torch.tensor([2, 3]), ids, mask).pooler_output)
-    images = model.get_image_features(pixels[:2], None, ids, mask).pooler_output
+    found = torch.cat(
+        model.get_video_features(
+            pixels, torch.tensor([2, 3]), video_question_ids=ids, video_question_mask=mask
+        ).pooler_output
+    )
+    images = model.get_image_features(pixels[:2], image_question_ids=ids, image_question_mask=mask).pooler_output
     expected = model.model.video_tower.connector(images[[0, 0, 1, 1, 1]]).flatten(0, 1)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert (found[:3] - found[-3:]).abs().max() > 1e-2
