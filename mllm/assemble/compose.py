@@ -1,12 +1,13 @@
-"""Join an encoder, a fresh connector and a language model into one model with its processor."""
+"""Join encoders, fresh connectors and a language model into one model with its processor."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mllm.assemble.audio import audio_tower
 from mllm.assemble.image import image_tower
@@ -14,7 +15,7 @@ from mllm.assemble.language_model import (
     check_text_only_equality,
     extend_embedding,
     generation_config,
-    load_language_model,
+    language_model_config,
 )
 from mllm.assemble.options import TOWERS, tower_options
 from mllm.assemble.qformers import begin, connector_start, question_options
@@ -22,9 +23,9 @@ from mllm.assemble.tiles import geometry_of
 from mllm.assemble.tower import Tower
 from mllm.assemble.video import asked_of_frames, video_tower
 from mllm.checkpoints import atomic_directory
-from mllm.errors import CompositionError
+from mllm.errors import CompositionError, OptionError
 from mllm.models import MllmConfig, MllmForConditionalGeneration
-from mllm.models.connectors import build_connector
+from mllm.models.connectors import build_connector, connector_options
 from mllm.processing import MllmProcessor
 from mllm.processing.build import PLACEHOLDERS, add_placeholder, build_processor
 
@@ -70,8 +71,9 @@ def assemble(
     options = {modality: tower_options(modality, one) for modality, one in given.items()}
     starts = {modality: connector_start(one.connector) for modality, one in options.items() if one}
     options |= {modality: replace(options[modality], connector=start.choice) for modality, start in starts.items()}
-    llm = load_language_model(language_model)
-    towers = _towers(options, text_hidden_size=llm.config.hidden_size)
+    # The largest part is loaded last: what is wrong with the others is said before.
+    towers = _towers(options, text_hidden_size=language_model_config(language_model).hidden_size)
+    llm = AutoModelForCausalLM.from_pretrained(language_model)
     tokenizer = AutoTokenizer.from_pretrained(language_model)
     for modality, tower in towers.items():
         num_rows = llm.get_input_embeddings().num_embeddings
@@ -97,6 +99,37 @@ def assemble(
     )
     model.generation_config = generation_config(llm, processor)
     return model, processor
+
+
+def assembly_options(given: Mapping[str, Any], *, where: str = "") -> dict[str, Any]:
+    """Check a `model:` mapping, its towers and their connectors against what `assemble` takes; nothing is loaded.
+
+    Args:
+        given: The mapping.
+        where: Names the file it stands in, in errors.
+
+    Raises:
+        OptionError: A key is unknown or missing, or an option has no such value.
+    """
+    known = tuple(inspect.signature(assemble).parameters)
+    wrong = [f"unknown key {key!r}" for key in given if key not in known]
+    if not given.get("language_model"):
+        wrong.append("no language_model")
+    if not any(given.get(modality) for modality in TOWERS):
+        wrong.append(f"none of {', '.join(TOWERS)}")
+    if wrong:
+        others = [name for name in known if name not in ("language_model", *TOWERS)]
+        raise OptionError(
+            f"model: {wrong[0]}" + (f" in {where}" if where else ""),
+            expected=f"language_model, at least one of {', '.join(TOWERS)}, and what differs from the defaults of "
+            f"{', '.join(others)}",
+            do="correct the mapping under `model`",
+        )
+    for modality in TOWERS:
+        tower = tower_options(modality, given.get(modality))
+        if tower is not None and tower.connector is not None:
+            connector_options(tower.connector)
+    return dict(given)
 
 
 def _towers(options: Mapping[str, Any], *, text_hidden_size: int) -> dict[str, Tower]:

@@ -1,7 +1,7 @@
 """The language model of a composition: what can be one, and that it stays what it was."""
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mllm.assemble.reading import read_config
@@ -11,14 +11,15 @@ from mllm.processing import MllmProcessor
 from mllm.processing.chat import control_token_ids, end_of_turn_ids
 
 
-def load_language_model(path: str) -> PreTrainedModel:
-    """Load a decoder-only language model.
+def language_model_config(path: str) -> PreTrainedConfig:
+    """The configuration of a decoder-only language model.
 
     Raises:
-        CompositionError: It cannot be read, or is something else.
+        CompositionError: It cannot be read, or is of something else.
     """
-    _check_language_model(read_config(path, "language_model"), path)
-    return AutoModelForCausalLM.from_pretrained(path)
+    config = read_config(path, "language_model")
+    _check_language_model(config, path)
+    return config
 
 
 @torch.no_grad()

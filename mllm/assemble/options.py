@@ -1,8 +1,7 @@
 """What can be said of the parts that are assembled, typed: the `model:` mapping of a plan."""
 
 import dataclasses
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,26 +124,3 @@ def tower_options(modality: str, given: Any) -> Any:
             do=f"correct the mapping under `model: {modality}`",
         )
     return kind(**given)
-
-
-def assembly_options(assemble: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the keys of a `model:` mapping against what `assemble` takes, those of its towers too.
-
-    Raises:
-        OptionError: A key is unknown, or one is missing.
-    """
-    known = tuple(inspect.signature(assemble).parameters)
-    wrong = [key for key in given if key not in known]
-    if wrong or "language_model" not in given or not any(given.get(modality) for modality in TOWERS):
-        problem = f"unknown key {wrong[0]!r}" if wrong else "no language_model"
-        if not wrong and "language_model" in given:
-            problem = f"none of {', '.join(TOWERS)}"
-        raise OptionError(
-            f"model: {problem}",
-            expected=f"language_model, at least one of {', '.join(TOWERS)}, and what differs from the defaults of "
-            f"{', '.join(name for name in known if name not in ('language_model', *TOWERS))}",
-            do="correct the mapping under `model`",
-        )
-    for modality in TOWERS:
-        tower_options(modality, given.get(modality))
-    return dict(given)

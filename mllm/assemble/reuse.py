@@ -7,10 +7,8 @@ connects its picture features connects its sounds, too.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from peft import PeftModel
-
 from mllm.errors import CompositionError, OptionError
-from mllm.load import load_model
+from mllm.load import load_model, merged
 from mllm.models import MllmForConditionalGeneration
 from mllm.shapes import Tensor
 
@@ -52,9 +50,7 @@ def read_connector(source: Mapping[str, Any]) -> TrainedConnector:
             do="write, e.g., `connector_from: {model: runs/vision, modality: video}`",
         )
     path, modality = str(source["model"]), source["modality"]
-    model = load_model(path)
-    if isinstance(model, PeftModel):
-        model = model.merge_and_unload()
+    model = merged(load_model(path))
     towers = model.model.towers if isinstance(model, MllmForConditionalGeneration) else {}
     if modality not in towers:
         raise CompositionError(

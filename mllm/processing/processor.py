@@ -94,7 +94,7 @@ class MllmProcessor(ProcessorMixin):
         self.video_token = video_token if "video" in self.rules else None
         self.question_tokens = dict(question_tokens or {})
         self._encoder: ChatEncoder | None = None
-        self._rules: dict[str, Any] = {kind: read_rule(rule) for kind, rule in self.rules.items()}
+        self._rules: dict[str, MediaRule] = {kind: read_rule(rule) for kind, rule in self.rules.items()}
 
     @property
     def image_token_id(self) -> int | None:
@@ -121,14 +121,14 @@ class MllmProcessor(ProcessorMixin):
         """Samples a second that sounds are decoded at; None for a model without sounds."""
         return self.rule("audio").sampling_rate if "audio" in self.rules else None
 
-    def rule(self, kind: str) -> MediaRule:
-        """How many tokens a medium of a kind that the model reads becomes."""
+    def rule(self, kind: str) -> Any:
+        """How many tokens a medium of a kind that the model reads becomes: a `MediaRule`, that of the kind."""
         return self._rules[kind]
 
     @property
     def image_token_rule(self) -> ImageTokenRule | None:
         """How many tokens an image becomes; None without images."""
-        return self._rules.get("image")
+        return self.rule("image") if "image" in self.rules else None
 
     def encode_chat(
         self,
@@ -182,9 +182,9 @@ class MllmProcessor(ProcessorMixin):
         inputs: dict[str, Tensor] = {}
         if images := by_kind.get("image"):
             pictures = [item.data for item in images]
-            inputs |= encode_views(pictures, self._rules["image"], self.image_processor, self.encode_images)
+            inputs |= encode_views(pictures, self.rule("image"), self.image_processor, self.encode_images)
         if sounds := by_kind.get("audio"):
-            inputs |= encode_sounds(sounds, self.feature_extractor, self._rules["audio"])
+            inputs |= encode_sounds(sounds, self.feature_extractor, self.rule("audio"))
         if videos := by_kind.get("video"):
             inputs |= encode_videos(videos, self.encode_images)
         return inputs
@@ -213,7 +213,7 @@ class MllmProcessor(ProcessorMixin):
             MediaError: The row says another length than the file has, or of an image in tiles another size.
         """
         if item.kind == "image":
-            return fitted_image(item, self._rules["image"], where=where)
+            return fitted_image(item, self.rule("image"), where=where)
         return fitted_sound(item, int(self.sampling_rate or 0), where=where) if item.kind == "audio" else item
 
     def media_rule(self) -> str:
@@ -231,6 +231,15 @@ class MllmProcessor(ProcessorMixin):
         """Stock `__call__` asks what to write for an image: its placeholders."""
         height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
         return str(self.image_token) * self.num_image_tokens(height, width)
+
+    def _process_images(self, images: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+        """Stock `__call__` asks for the images' inputs, and for what to write for each."""
+        rule = self.image_token_rule
+        if rule is None or rule.tiles is None:
+            return super()._process_images(images, **kwargs)
+        pictures = [decode_image(image) for image in make_flat_list_of_images(images)]
+        written = [str(self.image_token) * self.num_image_tokens(image.height, image.width) for image in pictures]
+        return encode_views(pictures, rule, self.image_processor, self.encode_images), written
 
     def _process_audio(self, audio: Sequence[Any], **kwargs) -> tuple[dict[str, Tensor], list[str]]:
         """Stock `__call__` asks for the inputs of sounds, arrays of samples, and what to write for each."""
@@ -283,21 +292,13 @@ class MllmProcessor(ProcessorMixin):
         unused = {name: value for name, value in given.items() if name not in known}
         return (processor, unused) if return_unused_kwargs else processor
 
-    def _process_images(self, images: Any, **kwargs: Any) -> tuple[Any, list[str]]:
-        """Stock `__call__` asks for the images' inputs, and for what to write for each."""
-        if self.image_token_rule is None or self.image_token_rule.tiles is None:
-            return super()._process_images(images, **kwargs)
-        pictures = [decode_image(image) for image in make_flat_list_of_images(images)]
-        written = [str(self.image_token) * self.num_image_tokens(image.height, image.width) for image in pictures]
-        return encode_views(pictures, self.image_token_rule, self.image_processor, self.encode_images), written
-
     @classmethod
     def _get_arguments_from_pretrained(
         cls, pretrained_model_name_or_path: Any, processor_dict: dict[str, Any] | None = None, **kwargs
     ) -> list[Any]:
         """Load the tokenizer and the components that processor_config.json names.
 
-        Image and video processors are the PIL ones, with or without torchvision: the two give different pixels.
+        Image processors are the PIL ones, with or without torchvision: the two give different pixels.
         """
         saved = processor_dict or {}
         has_questions = bool(saved.get("question_tokens"))  # of tokenizers the file itself says nothing

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from mllm.assemble import assemble, assembly_options
+from mllm.assemble import assembly_options
 from mllm.assemble.mixed import encoder_paths
 from mllm.data.mixture_file import open_mixture
 from mllm.errors import OptionError
@@ -221,7 +221,7 @@ def _read_model(model: Any, output_dir: Path, *, where: Path) -> tuple[dict[str,
                 do="correct `model`; a run leaves its model in OUTPUT_DIR/final",
             )
         return None, start
-    given = assembly_options(assemble, model if isinstance(model, dict) else {})
+    given = assembly_options(model if isinstance(model, dict) else {}, where=str(where))
     paths = [("language_model", given["language_model"])]
     for kind in ("image", "audio"):
         if given.get(kind):

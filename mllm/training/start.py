@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.training_args import ParallelMode
 
-from mllm.assemble import assemble, assemble_checkpoint, assembly_options
+from mllm.assemble import assemble_checkpoint, assembly_options
 from mllm.checkpoints import atomic_directory, is_complete, read_complete
 from mllm.data.examples import Examples
 from mllm.data.mixture import Mixture
@@ -102,7 +102,7 @@ def assemble_once(directory: Path, options: dict[str, Any]) -> Path:
         OptionError: Unknown keys.
         CheckpointError: Another model stands there.
     """
-    options = assembly_options(assemble, options)
+    options = assembly_options(options)
     if is_complete(directory, kind="model"):
         before = (read_complete(directory) or {}).get("assembled_from")
         if before != options:

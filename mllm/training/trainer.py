@@ -20,6 +20,7 @@ from mllm.data.collate import Features, LeavingOut, PaddingCollator
 from mllm.data.examples import Examples
 from mllm.data.left_out import usable_batches
 from mllm.data.sampler import EpochDataLoader, RankBatches
+from mllm.models.media import VALUES
 from mllm.models.parts import PartOptions, freeze_unused, learning_rate_groups
 from mllm.models.supervised import attach_supervised_forward
 from mllm.processing import StockProcessor, TrainingProcessor
@@ -35,11 +36,7 @@ from mllm.training.sharding import whole_copies
 from mllm.training.source_losses import SourceLosses, num_supervised, source_names, with_token_sources
 from mllm.training.validation import Validation
 
-MEDIA_INPUTS = {
-    "image": ("pixel_values", "image_features"),
-    "audio": ("input_features", "audio_features"),
-    "video": ("pixel_values_videos", "video_features"),
-}
+MEDIA_INPUTS = {kind: (values, f"{kind}_features") for kind, values in VALUES.items()}
 """Under which names a batch has the media of each kind."""
 
 

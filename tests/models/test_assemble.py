@@ -1,5 +1,7 @@
 """Composing parts from disk: what comes out, and what is refused."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
@@ -98,6 +100,14 @@ def test_parts_that_are_not_there_or_the_wrong_way_round(tmp_path):
         assemble(image={"encoder": paths["language_model"]}, language_model=paths["language_model"])
     with pytest.raises(CompositionError, match="language_model = .* is not a causal language model"):
         assemble(image=paths["image"], language_model=paths["image"]["encoder"])
+
+
+def test_a_wrong_encoder_is_named_before_the_language_model_is_loaded(tmp_path):
+    paths = save_tiny_parts(tmp_path)
+    for weights in Path(paths["language_model"]).glob("*.safetensors"):
+        weights.unlink()
+    with pytest.raises(CompositionError, match="image.encoder = .*nowhere"):
+        assemble(**{**paths, "image": {"encoder": str(tmp_path / "nowhere")}})
 
 
 def test_options_that_do_not_fit(tmp_path):

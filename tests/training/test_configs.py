@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mllm.assemble import assemble, assemble_checkpoint, assembly_options
+from mllm.assemble import assemble_checkpoint, assembly_options
 from mllm.assemble.options import TOWERS, tower_options
 from mllm.assemble.tiles import tile_rule
 from mllm.load import load_model
@@ -30,7 +30,7 @@ LLAVA, SIGLIP = (ROOT / "train" / "configs" / name for name in ("llava15.yaml", 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda path: path.stem)
 def test_shipped_plan_parses(plan):
     document = yaml.safe_load(plan.read_text(encoding="utf-8"))
-    model = assembly_options(assemble, document["model"])
+    model = assembly_options(document["model"])
     for tower in (tower_options(kind, model[kind]) for kind in TOWERS if kind in model):
         connector_options(tower.connector)
         tile_rule(getattr(tower, "tiles", None))
