@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, required=True, help="the same seed gives the same files")
     parser.add_argument("--scenes", type=int, default=8000, help="training pictures")
     parser.add_argument("--text_share", type=float, default=1.0, help="share of the text-only lessons to write")
-    parser.add_argument("--eval_scenes", type=int, default=600, help="pictures of unseen handwriting")
+    parser.add_argument("--eval_scenes", type=int, default=500, help="pictures of unseen handwriting")
     args = parser.parse_args()
     if min(args.scenes, args.eval_scenes) < 1 or not args.text_share > 0:
         parser.error("--scenes and --eval_scenes must be at least 1, --text_share greater than 0")

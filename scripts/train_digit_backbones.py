@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from batched_muon import Muon
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
@@ -317,7 +318,7 @@ def optimise(model: torch.nn.Module, losses: Iterable, steps: int, name: str) ->
     others = [weight for key, weight in named.items() if key not in matrices]
     settings: dict = {"weight_decay": 0.05}
     optimizers = (
-        torch.optim.Muon(matrices.values(), lr=4e-3, adjust_lr_fn="match_rms_adamw", **settings),
+        Muon(list(matrices.values()), lr=4e-3, **settings),
         torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.98), **settings),
     )
     warm_up, decay = max(1, steps // 20), max(1, steps // 3)

@@ -1,30 +1,25 @@
 """Messages to token ids and loss weights. This is the only place where text becomes ids.
 
-The template is rendered once; its `{% generation %}` blocks say what the assistant speaks. The text is encoded in one
-call, and tokens inside a block get the message's weight. Where somebody's words contain a control token, that token is
-cut in two before rendering and the text is encoded in pieces, so that words stay words.
+The template is rendered (`rendering.py`); its `{% generation %}` blocks say what the assistant speaks. The text is
+encoded in one call, and tokens inside a block get the message's weight. Where somebody's words contain a control token,
+that token is cut in two beforehand and the text is encoded in pieces, so that words stay words.
 """
 
 import re
-import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from mllm.errors import OptionError, RowError
 from mllm.processing.control import control_pattern, control_tokens, cut_control_tokens
 from mllm.processing.messages import assistant_weights, plain_messages, rewritten, with_lists, words_of
+from mllm.processing.rendering import TemplateRenderer, treats_texts_as_opaque
 
 # Unicode noncharacters, "intended for internal use": a cut is marked by the first that nobody's words contain.
 CUT_MARKS = tuple(chr(code) for code in range(0xFDD0, 0xFDF0))
-
-# transformers keeps one tracker of generation blocks for all who use a template, and refuses a second user meanwhile.
-_RENDERING = threading.Lock()
 
 
 class MediaSpan(NamedTuple):
@@ -105,7 +100,8 @@ class ChatEncoder:
         self.image_token_id = tokenizer.convert_tokens_to_ids(repeated["image"]) if "image" in repeated else None
         media_tokens = [token for pair in self.placeholders.values() for token in pair]
         self.control_pattern = control_pattern(control_tokens(tokenizer, *media_tokens, end_of_turn))
-        self.special_tokens = dict(tokenizer.special_tokens_map)
+        is_opaque = treats_texts_as_opaque(tokenizer, chat_template, placeholders=repeated)
+        self.render = TemplateRenderer(chat_template, tokenizer.special_tokens_map, is_opaque=is_opaque)
         self.newline_ids = tokenizer.backend_tokenizer.encode("\n", add_special_tokens=False).ids
 
     def belongs_to(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> bool:
@@ -144,7 +140,7 @@ class ChatEncoder:
         mark = self._choose_mark(list(words_of(turns)), where)
         if mark is not None:
             turns = rewritten(turns, lambda text: cut_control_tokens(text, self.control_pattern, mark))
-        text, spans = self.render(turns, add_generation_prompt, where)
+        text, spans = self.render(turns, add_generation_prompt=add_generation_prompt, where=where)
         if any(item.text != self.placeholders[item.kind].written for item in media):
             text, spans = self._replace_written(text, spans, media, where)
         weights = assistant_weights(messages, num_spans=len(spans), where=where)
@@ -167,27 +163,6 @@ class ChatEncoder:
             expected="text that leaves at least one of them unused",
             do="drop the row, or take these characters out",
         )
-
-    def render(
-        self, turns: list[dict[str, Any]], add_generation_prompt: bool, where: str
-    ) -> tuple[str, list[tuple[int, int]]]:
-        """The template's output, and which characters of it the assistant says."""
-        try:
-            with _RENDERING:
-                texts, spans = render_jinja_template(
-                    [turns],
-                    chat_template=self.chat_template,
-                    return_assistant_tokens_mask=True,
-                    add_generation_prompt=add_generation_prompt,
-                    **self.special_tokens,
-                )
-        except TemplateError as error:
-            raise RowError(
-                f"{where}: messages that the chat template refuses ({error.message})",
-                expected="roles in an order that the template has a place for",
-                do="mend the messages, or choose another chat template",
-            ) from error
-        return texts[0], spans[0]
 
     def _tokenize(self, text: str, mark: str | None) -> tuple[list[int], list[int], list[int]]:
         """Ids, and the characters of `text` at which each token starts and ends."""

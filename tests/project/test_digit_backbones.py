@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 SILENT, NONE = 0, -100
@@ -37,7 +38,9 @@ def whisper():
 
 @pytest.fixture(scope="module")
 def backbones():
-    return runpy.run_path(str(ROOT / "scripts" / "train_digit_backbones.py"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "scripts")
+        return runpy.run_path(str(ROOT / "scripts" / "train_digit_backbones.py"))
 
 
 def test_moments_are_named_by_what_sounds_at_them(whisper):
@@ -58,6 +61,26 @@ def test_moments_are_named_by_what_sounds_at_them(whisper):
 )
 def test_a_change_of_pitch_has_a_class(whisper, before, low, high, change):
     assert whisper["name_change"](before, low, high) == change < whisper["CHANGES"]
+
+
+def test_batched_muon_is_torchs(backbones):
+    torch.manual_seed(0)
+    shapes = [(16, 16), (32, 16), (16, 16), (16, 32)]
+    ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    optimizers = (
+        backbones["Muon"](ours, lr=0.01, weight_decay=0.05),
+        torch.optim.Muon(theirs, lr=0.01, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+    )
+    for _ in range(5):
+        for weight, other in zip(ours, theirs, strict=True):
+            weight.grad = torch.randn_like(weight)
+            other.grad = weight.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for weight, other in zip(ours, theirs, strict=True):
+        moved = (other - 1).norm()
+        assert moved > 0.1
+        assert (weight - other).norm() < 0.02 * moved  # orthogonal up to bfloat16, in both
 
 
 def test_further_lessons_come_together_and_then_among_the_others(backbones, tmp_path):

@@ -17,9 +17,10 @@ from mllm.data.indexing.token_counts import chats_of, count_tokens, fingerprint
 from mllm.data.sources import Source
 from mllm.errors import RowError
 from mllm.processing.build import add_placeholder, build_processor
-from mllm.processing.chat_lengths import Chat, ChatLengths, treats_texts_as_opaque
+from mllm.processing.chat_lengths import Chat, ChatLengths
 from mllm.sizes import ImageTokenRule
 from mllm.testing import tiny_tokenizer
+from mllm.testing_chats import conversation
 
 RULE = ImageTokenRule(image_size=16, patch_size=8, num_prefix_tokens=1, feature_select="default")
 ANSWER = {"role": "assistant", "content": "No."}
@@ -27,15 +28,6 @@ PAIRS = [
     *[("qwen", "chatml"), ("qwen", "vicuna_v1"), ("qwen", "plain"), ("llama3", "llama3"), ("llama3", "vicuna_v1")],
     *[("llama2", "vicuna_v1"), ("llama2", "plain"), ("gpt_neox", "vicuna_v1"), ("gpt_neox", "plain")],
 ]
-# What templates, tokenizers and stand-ins could trip over: blanks of all kinds at the ends, nothing but blanks,
-# letters that NFC changes, control tokens whole and in parts, stand-ins themselves.
-WORDS = (
-    *("a red 3", "Is there a 5?", "\n", " ", "  two  ", "\n\nMore.\n\n\n", "\tx", "y\u00a0", "\u3000z", "\x1fq\x1c"),
-    *("Grüße", "你好", "e\u0301", "\u0958\u0958", "\U0001d160", "😀", "\ufeff", "\u200b", "ﬁ", "ﷺ", "\x00"),
-    *("<image>", "<|im_end|>", "<|im_start|>", "</s>", "<s>", "<unk>", "<|eot_id|>", "<tool_call>", "<", "<|im_"),
-    *("\ue0000\ue001", "\ue000", "{{ bos_token }}", "{% raw %}", "ASSISTANT:", "USER: ", "'s", "123456", "a" * 50),
-    *("", "end|>", "\ufdd0", "\ufdd0<image>", "<0x0A>", "▁", "▁▁a"),
-)  # fmt: skip
 
 
 def _processor(kind="qwen", template=None, *, rule=RULE):
@@ -44,27 +36,6 @@ def _processor(kind="qwen", template=None, *, rule=RULE):
         return build_processor(tokenizer, rules={}, chat_template=template)
     add_placeholder(tokenizer, "<image>", num_rows=len(tokenizer) + 1)
     return build_processor(tokenizer, CLIPImageProcessorPil(), rules={"image": rule}, chat_template=template)
-
-
-def _content(draw: random.Random, *, images: bool):
-    if draw.random() < 0.3:
-        return "".join(draw.choices(WORDS, k=draw.randint(0, 3)))
-    kinds = ["text", "image"] if images else ["text"]
-    items = [{"type": draw.choice(kinds)} for _ in range(draw.randint(1, 4))]
-    return [item | ({"text": "".join(draw.choices(WORDS, k=2))} if item["type"] == "text" else {}) for item in items]
-
-
-def _conversation(draw: random.Random) -> list[dict]:
-    roles = ["system"] * (draw.random() < 0.2) + ["user", "assistant"] * draw.randint(1, 3)
-    if draw.random() < 0.1:
-        draw.shuffle(roles)
-    messages = [
-        {"role": role, "content": _content(draw, images=role == "user" or draw.random() < 0.1)} for role in roles
-    ]
-    for message in messages:
-        if message["role"] == "assistant" and draw.random() < 0.2:
-            message["loss"] = draw.choice([True, False, 0.5, None])
-    return messages
 
 
 def _num_images(messages) -> int:
@@ -99,8 +70,8 @@ def _encoded_length(chat, processor) -> int:
 def test_counts_are_lengths_of_encoded_chats_and_within_bounds(kind, template, indexed):
     draw = random.Random(f"{kind} {template}")
     processor = _processor(kind, template)
-    assert treats_texts_as_opaque(processor)
-    index = indexed(*(_conversation(draw) for _ in range(150)))
+    assert processor.chat_encoder().render.is_opaque
+    index = indexed(*(conversation(draw) for _ in range(150)))
     expected = [_encoded_length(chat, processor) for row in index for chat in chats_of(row, "pad")]
     counts = count_tokens(index, processor)
     assert counts.dtype == np.uint32
@@ -147,7 +118,7 @@ def test_a_template_that_looks_at_words_is_not_guessed(indexed):
         "message.content | trim", "(message.content.split('</think>') | last | trim)"
     )
     processor = _processor("qwen", template)
-    assert not treats_texts_as_opaque(processor)
+    assert not processor.chat_encoder().render.is_opaque
     ask = {"role": "user", "content": "Why?"}
     index = indexed(*([ask, {"role": "assistant", "content": text}] for text in ("a</think>b", "no", " straße")))
     expected = [_encoded_length(chat, processor) for row in index for chat in chats_of(row, "pad")]
