@@ -1,8 +1,8 @@
 """Messages to token ids and loss weights. This is the only place where text becomes ids.
 
 The template is rendered (`rendering.py`); its `{% generation %}` blocks say what the assistant speaks. The text is
-encoded in one call, and tokens inside a block get the message's weight. Where somebody's words contain a control token,
-that token is cut in two beforehand and the text is encoded in pieces, so that words stay words.
+encoded in one call, and tokens inside a block get the message's weight. A control token in somebody's words is
+cut in two beforehand and the text is encoded in pieces, so that words stay words.
 """
 
 import re
