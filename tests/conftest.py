@@ -144,6 +144,43 @@ def train(assembled: Path, rows: Path):
     return start
 
 
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory) -> Path:
+    """Eight preference rows, each with an image and a retrieved one."""
+    from mllm.testing_pairs import save_tiny_pairs
+
+    return save_tiny_pairs(tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture(scope="session")
+def prefer(assembled: Path, pairs: Path):
+    """Run `train/rdpo.py` in this process, on the tiny model and pairs unless told otherwise; returns OUTPUT_DIR."""
+    from mllm.training.arguments import build_arguments
+    from mllm.training.preference_options import PreferenceArguments
+
+    run = runpy.run_path(str(Path(__file__).parents[1] / "train" / "rdpo.py"))["run"]
+
+    def start(output_dir: Path, **options) -> Path:
+        settled = {
+            "model": str(assembled),
+            "data": [str(pairs)],
+            "parts": {"image.connector": "full", "text": {"mode": "lora", "rank": 4}},
+            "output_dir": str(output_dir),
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-2,
+            "max_steps": 4,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "use_cpu": True,
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+        run(build_arguments(settled | options, PreferenceArguments, where="the test"))
+        return output_dir
+
+    return start
+
+
 def _is_this_machine(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback or ipaddress.ip_address(host).is_unspecified

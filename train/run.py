@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
             if progress.is_done(stage):
                 print(f"\n=== {stage.name}: finished before, {stage.final}", flush=True)
                 continue
-            command = [*launcher, str(HERE / "sft.py"), "--config", str(stage.config)]
+            command = [*launcher, str(HERE / f"{stage.program}.py"), "--config", str(stage.config)]
             print(f"\n=== {stage.name}\n    {shlex.join(command)}", flush=True)
             with progress.attempt(stage):
                 launch(command, stage)

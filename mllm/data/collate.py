@@ -30,11 +30,22 @@ NUM_EMPTY = 2
 class Features(Protocol):
     """Media as a frozen encoder saw them before, to be had without opening any (`mllm.training.feature_cache`)."""
 
-    def of(self, example: Example) -> Iterator[Any]:
+    def of(self, example: Any) -> Iterator[Any]:
         """The features of a row's media, as they are asked for; a MediaError where one could not be decoded."""
 
     def batch(self, media: Sequence[Any]) -> dict[str, Tensor]:
         """The inputs of a batch that has these media, which may be none."""
+
+
+@runtime_checkable
+class Collator(Protocol):
+    """Makes a batch of examples, whose media it can also be asked for one by one."""
+
+    def __call__(self, examples: Sequence[Any]) -> dict[str, Any]:
+        """The batch."""
+
+    def media_of(self, example: Any, row: int = 0) -> Iterator[Any]:
+        """An example's media as the batch needs them; a MediaError where one cannot be had."""
 
 
 class _Collator:
@@ -72,7 +83,7 @@ class _Collator:
             MediaError: An image turns out to be damaged behind its header.
         """
         media = [item for row, example in enumerate(examples) for item in self.media_of(example, row)]
-        batch = self._texts(examples)
+        batch = self.texts(examples)
         if self.source_of is not None:
             batch["sources"] = torch.tensor([self.source_of(one.position) for one in examples], dtype=torch.long)
         if self.features is not None:
@@ -86,7 +97,7 @@ class _Collator:
         """A row's media as the batch needs them, one after the other: decoded, or as features."""
         return _decoded(example, self.processor, row) if self.features is None else self.features.of(example)
 
-    def _texts(self, examples: Sequence[Example]) -> dict[str, Any]:
+    def texts(self, examples: Sequence[Example]) -> dict[str, Any]:
         raise NotImplementedError
 
 
@@ -98,7 +109,7 @@ class PaddingCollator(_Collator):
     weighs other than 1.
     """
 
-    def _texts(self, examples: Sequence[Example]) -> dict[str, Any]:
+    def texts(self, examples: Sequence[Example]) -> dict[str, Any]:
         if not examples:
             ids = torch.full((1, NUM_EMPTY), self.pad_id)
             return {"input_ids": ids, "labels": torch.full_like(ids, IGNORED), "attention_mask": torch.ones_like(ids)}
@@ -123,7 +134,7 @@ class PackingCollator(_Collator):
     Example: segments of 3 and 2 tokens have positions [0, 1, 2, 0, 1] and `segment_lengths` (3, 2).
     """
 
-    def _texts(self, examples: Sequence[Example]) -> dict[str, Any]:
+    def texts(self, examples: Sequence[Example]) -> dict[str, Any]:
         if not examples:
             ids = torch.full((1, NUM_EMPTY), self.pad_id)
             positions, lengths = torch.arange(NUM_EMPTY)[None], (NUM_EMPTY,)
@@ -159,13 +170,13 @@ class LeavingOut:
         collate: Makes a batch of examples.
     """
 
-    def __init__(self, collate: PaddingCollator | PackingCollator):
+    def __init__(self, collate: "Collator"):
         self.collate = collate
 
-    def __call__(self, rows: Sequence[Example | LeftOut]) -> Collated:
+    def __call__(self, rows: Sequence[Any]) -> Collated:
         """The batch, without rows that cannot be trained on and without those whose media are damaged."""
-        examples = [row for row in rows if isinstance(row, Example)]
         left_out = [row for row in rows if isinstance(row, LeftOut)]
+        examples: list[Any] = [row for row in rows if not isinstance(row, LeftOut)]
         try:
             return Collated(self.collate(examples), tuple(left_out), _num_media(examples), _positions(examples))
         except MllmError:
@@ -174,10 +185,10 @@ class LeavingOut:
         whole = [one for one in examples if id(one) not in damaged]
         return Collated(self.collate(whole), tuple(left_out), _num_media(whole), _positions(whole))
 
-    def _damage(self, example: Example) -> LeftOut | None:
+    def _damage(self, example: Any) -> LeftOut | None:
         """What is wrong with the first of a row's media that cannot be had. A damaged cache is no fault of the row."""
         media = self.collate.media_of(example)
-        for item in example.row.media:
+        for item in example.media_items:
             try:
                 next(media)
             except MediaError as error:
@@ -222,11 +233,11 @@ def decode_item(item: MediaItem, source: Any, processor: TrainingProcessor, *, r
     return processor.fitted(MediaInput(item.kind, data, item.size, row), where=where)
 
 
-def _num_media(examples: Sequence[Example]) -> dict[str, int]:
-    return dict(Counter(item.kind for example in examples for item in example.row.media))
+def _num_media(examples: Sequence[Any]) -> dict[str, int]:
+    return dict(Counter(item.kind for example in examples for item in example.media_items))
 
 
-def _positions(examples: Sequence[Example]) -> tuple[int, ...]:
+def _positions(examples: Sequence[Any]) -> tuple[int, ...]:
     return tuple(example.position for example in examples)
 
 
@@ -238,7 +249,7 @@ def _decoded(example: Example, processor: TrainingProcessor, row: int) -> Iterat
         processor: Says how sounds are sampled, and what it cannot read.
         row: Its number in the batch.
     """
-    for place, item in enumerate(example.row.media):
+    for place, item in enumerate(example.media_items):
         source = read_media_bytes(item) if example.media is None else example.media[place]
         yield decode_item(item, source, processor, row=row, where=example.row.name)
 

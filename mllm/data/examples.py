@@ -1,7 +1,7 @@
 """Rows as a model is trained on them: encoded text, and media still on disk."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from mllm.data.mixture import Mixture
 from mllm.data.order import EpochOrder
 from mllm.data.quarantine import Bad
 from mllm.data.row_lengths import are_counted, bounded_lengths, counted_lengths, foreign_kinds
-from mllm.data.schema import MEDIA_KINDS, PreferenceRow, Row, has_target_media
+from mllm.data.schema import MEDIA_KINDS, MediaItem, PreferenceRow, Row, has_target_media
 from mllm.errors import OptionError, RowError
 from mllm.processing import TrainingProcessor
 
@@ -50,6 +50,16 @@ class Example:
     loss_weights: np.ndarray | None
     position: int = -1
     media: tuple[Path | bytes, ...] | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens, placeholders of media included."""
+        return len(self.input_ids)
+
+    @property
+    def media_items(self) -> tuple[MediaItem, ...]:
+        """The media that a batch with this example holds, each once."""
+        return self.row.media
 
 
 def encode_row(row: Row, processor: TrainingProcessor) -> Example:
@@ -90,7 +100,7 @@ def example_of(
     """
     if isinstance(row, PreferenceRow):
         return LeftOut(position, BAD, error=_preference(row), is_error=True)
-    if reason := _unusable(row, processor):
+    if reason := unusable(row, row.media, processor):
         return LeftOut(position, reason)
     try:
         example = encode_row(row, processor)
@@ -100,14 +110,12 @@ def example_of(
         return LeftOut(position, BAD, bad=Bad(row.id, row.where, "", error.found), error=error)
     if not (example.labels[1:] != IGNORED).any():
         return LeftOut(position, "nothing to learn from")
-    length = len(example.input_ids)
-    if max_length is not None and length > max_length:
-        too_long = _too_long(row, length, max_length) if overlong == "error" else None
-        return LeftOut(position, TOO_LONG, error=too_long, is_error=too_long is not None)
+    if max_length is not None and example.length > max_length:
+        return too_long(row, example.length, max_length, overlong=overlong, position=position)
     return replace(example, position=position, media=media)
 
 
-class Examples(Dataset[Example | LeftOut]):
+class Examples(Dataset[Any]):
     """The rows that are trained on.
 
     A small mixture is encoded, checked and measured here, before the first step. Of a large one a row is encoded when
@@ -150,7 +158,7 @@ class Examples(Dataset[Example | LeftOut]):
         self.overlong = overlong
         self.measure = measure or _measure_for(rows, processor, is_exact=is_exact)
         self.account = LeftOutRows(rows)
-        self._cache: list[Example] | None = None
+        self._cache: list[Any] | None = None
         self.num_unmeasured = 0
         """How many rows may yet turn out to be longer than `max_length`."""
         if self.measure == "encoded":
@@ -176,12 +184,17 @@ class Examples(Dataset[Example | LeftOut]):
     def __len__(self) -> int:
         return len(self.used)
 
-    def __getitem__(self, index: int) -> Example | LeftOut:
+    def __getitem__(self, index: int) -> Any:
+        """An `Example`, or a `LeftOut`."""
         if self._cache is not None:
             return self._cache[index]
         return self._example(int(self.used[index]))
 
-    def _example(self, position: int) -> Example | LeftOut:
+    def media_of(self, position: int) -> tuple[MediaItem, ...]:
+        """The media that a batch with the row at this position of the mixture holds."""
+        return self.rows[position].media
+
+    def _example(self, position: int) -> Any:
         return example_of(
             self.rows[position],
             self.processor,
@@ -200,8 +213,8 @@ class Examples(Dataset[Example | LeftOut]):
                 self.account.add(example)
                 continue
             used.append(position)
-            lengths.append(len(example.input_ids))
-            num_tokens += len(example.input_ids)
+            lengths.append(example.length)
+            num_tokens += example.length
             if num_tokens <= CACHED_TOKENS:
                 cache.append(example)
         self._cache = cache if len(cache) == len(used) else None
@@ -244,9 +257,9 @@ def _no_tower(kind: str) -> str:
     return f"{kind}, for which the model has no tower"
 
 
-def _unusable(row: Row, processor: TrainingProcessor) -> str:
+def unusable(row: Row, media: Iterable[MediaItem], processor: TrainingProcessor) -> str:
     """Why the model cannot be trained on a row that is right in itself, "" where it can."""
-    for item in row.media:
+    for item in media:
         if item.kind not in processor.media_kinds:
             return _no_tower(item.kind)
     return "media in an answer, which the model cannot make" if has_target_media(row) else ""
@@ -258,6 +271,12 @@ def _preference(row: Row) -> RowError:
         expected="a conversation with one answer, for supervised fine-tuning",
         do="train on it with a preference method, or name other data",
     )
+
+
+def too_long(row: Row, length: int, max_length: int, *, overlong: str, position: int) -> LeftOut:
+    """A row that is left out for its length, which is an error where `overlong` says so."""
+    error = _too_long(row, length, max_length) if overlong == "error" else None
+    return LeftOut(position, TOO_LONG, error=error, is_error=error is not None)
 
 
 def _too_long(row: Row, length: int, max_length: int) -> RowError:

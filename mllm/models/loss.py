@@ -40,6 +40,10 @@ class LogitExtras:
     soft_cap: float | None = None
 
 
+PLAIN_LOGITS = LogitExtras()
+"""Of most heads: nothing."""
+
+
 class SupervisedLoss(NamedTuple):
     """The loss of a batch.
 
@@ -59,7 +63,7 @@ def supervised_loss(
     *,
     loss_weights: Float[Tensor, "B T"] | None = None,
     num_items: Int[Tensor, ""] | Float[Tensor, ""] | int | None = None,
-    extras: LogitExtras = LogitExtras(),
+    extras: LogitExtras = PLAIN_LOGITS,
 ) -> SupervisedLoss:
     """Cross-entropy of the next token at supervised positions, summed and divided by `num_items`.
 
@@ -83,7 +87,7 @@ def supervised_loss(
     targets = labels[:, 1:]
     supervised = targets != IGNORED
     weights = None if loss_weights is None else loss_weights[:, 1:][supervised]
-    with _forward_of(head, partial(_losses_of, head)):
+    with as_forward(head, partial(_losses_of, head)):
         total, token_losses = head(hidden[:, :-1][supervised], targets[supervised], weights, extras)
     if num_items is None:
         num_items = max(1, len(token_losses))
@@ -91,7 +95,7 @@ def supervised_loss(
 
 
 @contextmanager
-def _forward_of(module: nn.Module, forward: Any) -> Iterator[None]:
+def as_forward(module: nn.Module, forward: Any) -> Iterator[None]:
     """Let a module compute something else in its forward, with all its hooks: those that gather its weights."""
     own = module.__dict__.get("forward")
     module.forward = forward
@@ -110,13 +114,18 @@ def _losses_of(
     weights: Float[Tensor, " S"] | None,
     extras: LogitExtras,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " S"]]:
+    require_linear(head)
+    return _ChunkedLoss.apply(hidden, head.weight, head.bias, targets, weights, extras, torch.is_grad_enabled())
+
+
+def require_linear(head: nn.Module) -> None:
+    """Raise an OptionError where a head is more than a matrix that can be read."""
     if not isinstance(head, nn.Linear) or not head.weight.is_floating_point() or head.weight.ndim != 2:
         raise OptionError(
             f"the head is a {type(head).__name__} of {getattr(head, 'weight', torch.empty(0)).dtype}",
             expected="a plain linear layer",
             do="leave the head out of what is quantised or adapted",
         )
-    return _ChunkedLoss.apply(hidden, head.weight, head.bias, targets, weights, extras, torch.is_grad_enabled())
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -133,9 +142,9 @@ class _ChunkedLoss(torch.autograd.Function):
         extras: LogitExtras,
         has_graph: bool,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " S"]]:
-        dtype = _compute_dtype(weight)
+        dtype = compute_dtype(weight)
         exact = torch.promote_types(dtype, torch.float32)
-        rows = _chunk_rows(weight, exact)
+        rows = chunk_rows(weight, exact)
         grads = _Gradients(ctx.needs_input_grad[:3] if has_graph else (False,) * 3, hidden, weight, bias, rows)
         losses = torch.empty(len(hidden), dtype=exact, device=hidden.device)
         # By hand: autocast would keep its copy of the weight, made without a graph, for others to find.
@@ -146,7 +155,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 states = hidden[chunk].to(dtype)
                 logits = functional.linear(states, matrix, None if bias is None else bias.to(dtype)).to(exact)
                 factors = None if weights is None else weights[chunk].to(exact)
-                losses[chunk] = _cross_entropy_(logits, targets[chunk], factors, extras, has_grad=grads.are_wanted)
+                losses[chunk] = cross_entropy_(logits, targets[chunk], factors, extras, has_grad=grads.are_wanted)
                 grads.add(chunk, logits, states, matrix)
         ctx.gradients = grads
         ctx.mark_non_differentiable(losses)
@@ -163,10 +172,10 @@ class _ChunkedLoss(torch.autograd.Function):
 class _Gradients:
     """Of the hidden states, the head's weight and its bias: summed over chunks, in float32 where there are several."""
 
-    def __init__(self, wanted: tuple[bool, ...], hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int):
+    def __init__(self, wanted: tuple[bool, ...], hidden: Tensor, weight: Tensor, bias: Tensor | None, at_once: int):
         self.are_wanted = any(wanted)
         self._inputs = (hidden, weight, bias)
-        sums = weight.dtype if len(hidden) <= chunk_rows else torch.promote_types(weight.dtype, torch.float32)
+        sums = weight.dtype if len(hidden) <= at_once else torch.promote_types(weight.dtype, torch.float32)
         self.hidden = torch.zeros_like(hidden) if wanted[0] else None
         self.weight = torch.zeros_like(weight, dtype=sums) if wanted[1] else None
         self.bias = torch.zeros_like(bias, dtype=sums) if bias is not None and wanted[2] else None
@@ -194,7 +203,7 @@ class _Gradients:
         )
 
 
-def _cross_entropy_(
+def cross_entropy_(
     logits: Float[Tensor, "rows vocabulary"],
     targets: Int[Tensor, " rows"],
     weights: Float[Tensor, " rows"] | None,
@@ -224,7 +233,7 @@ def _cross_entropy_(
     return losses if weights is None else losses * weights
 
 
-def _compute_dtype(weight: Tensor) -> torch.dtype:
+def compute_dtype(weight: Tensor) -> torch.dtype:
     """What the head multiplies in: autocast's type where that is on, else its own."""
     kind = weight.device.type
     if torch.is_autocast_enabled(kind) and weight.dtype == torch.float32:
@@ -232,6 +241,7 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def _chunk_rows(weight: Shaped[Tensor, "vocabulary D"], dtype: torch.dtype) -> int:
+def chunk_rows(weight: Shaped[Tensor, "vocabulary D"], dtype: torch.dtype) -> int:
+    """How many rows of logits in this type make a chunk."""
     budget = CHUNK_BYTES.get(weight.device.type, LARGE_CHUNK_BYTES)
     return max(1, budget // (weight.shape[0] * dtype.itemsize))

@@ -30,6 +30,8 @@ class Media(NamedTuple):
             no views where the batch has none. Every batch of a run has them, or none.
         question_ids: What each item is asked about, `{modality}_question_ids`, for connectors that read it.
         question_mask: `{modality}_question_mask`, 1 for tokens and 0 for padding.
+        places: Which item stands at each place of the texts, `{modality}_places`; None where each stands at one, in
+            order. The two answers of a preference share an image that is encoded once.
     """
 
     modality: str
@@ -38,6 +40,7 @@ class Media(NamedTuple):
     features: Shaped[Tensor, "..."] | None = None
     question_ids: Tensor | None = None
     question_mask: Tensor | None = None
+    places: Int[Tensor, " places"] | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -55,7 +58,7 @@ class Media(NamedTuple):
 
 def take_media(modality: str, inputs: dict[str, Any]) -> Media:
     """Take what belongs to a modality out of a forward's arguments."""
-    names = ("sizes", "features", "question_ids", "question_mask")
+    names = ("sizes", "features", "question_ids", "question_mask", "places")
     rest = {name: inputs.pop(f"{modality}_{name}", None) for name in names}
     return Media(modality, inputs.pop(VALUES[modality], None), **rest)
 

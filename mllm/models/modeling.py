@@ -20,6 +20,7 @@ from mllm.models.connectors.base import Features
 from mllm.models.encoders import build_encoder, native_shape
 from mllm.models.fusion import placeholder_mask, scatter_features
 from mllm.models.generation import MediaGenerationMixin
+from mllm.models.log_probs import supervised_log_probs
 from mllm.models.loss import supervised_loss
 from mllm.models.media import (
     VALUES,
@@ -39,10 +40,16 @@ from mllm.sizes.audio import AudioTokenRule
 
 @dataclass
 class MllmOutput(ModelOutput):
-    """What a forward returns: `loss` and `token_losses` with labels, `logits` [B, T or kept, vocabulary] without."""
+    """What a forward returns: `loss` and `token_losses` with labels, `logits` [B, T or kept, vocabulary] without.
+
+    With labels and `returns_log_probs`, in place of the loss, `log_probs` of the supervised tokens, and the
+    `encoder_features` of frozen encoders, by the names under which a second forward takes them in place of media.
+    """
 
     loss: torch.Tensor | None = None
     token_losses: torch.Tensor | None = None
+    log_probs: torch.Tensor | None = None
+    encoder_features: dict[str, torch.Tensor] | None = None
     logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
@@ -284,24 +291,51 @@ class MllmModel(MllmPreTrainedModel):
         missing = {one.modality for one in media if one.is_empty and one.modality not in given}
         if joins_ranks:
             media = [self._filled(one) if one.modality in missing else one for one in media]
-        connected = self._encode_and_connect([one for one in media if not one.is_empty])
+        connected = self._connect_all([one for one in media if not one.is_empty])
         filled = [one.modality for one in media if one.modality in missing and one.modality in connected]
         zeros = [0.0 * sum(item.sum() for item in connected.pop(modality)) for modality in filled]
         return connected, sum(zeros[1:], zeros[0]) if zeros else None
+
+    @torch.no_grad()
+    def encode_frozen(self, inputs: dict[str, Any]) -> dict[str, EncoderFeatures]:
+        """What frozen encoders give for the media of a batch, by the names that a forward takes them under.
+
+        Nothing of modalities whose encoder is trained, or whose features are given. Ranks join as in a forward.
+        """
+        media = [take_media(modality, dict(inputs)) for modality in self.towers]
+        frozen = [one for one in media if self.towers[self._encoder_tower(one.modality)].is_encoder_frozen]
+        wanted = [one for one in frozen if one.features is None]
+        filled = {one.modality: self._filled(one) if one.is_empty else one for one in wanted}
+        features = self._encode([one for one in filled.values() if not one.is_empty])
+        return {
+            f"{one.modality}_features": features[one.modality][:0] if one.is_empty else features[one.modality]
+            for one in wanted
+            if one.modality in features
+        }
 
     def _features_of(self, modality: str, values: MediaValues, inputs: dict[str, Any]) -> BaseModelOutputWithPooling:
         media = take_media(modality, {**inputs, VALUES[modality]: values})
         return BaseModelOutputWithPooling(pooler_output=self.encode_media([media])[0][modality])
 
-    def _encode_and_connect(self, media: list[Media]) -> dict[str, MediaFeatures | list[MediaVectors]]:
-        """Each encoder is called once: frames join the images. Then each modality is connected, in one order."""
-        features = {one.modality: one.features for one in media if one.features is not None}
-        for encoder, group in self._by_encoder([one for one in media if one.features is None]).items():
+    def _encode(self, media: list[Media]) -> dict[str, EncoderFeatures]:
+        """Each encoder is called once: frames join the images."""
+        features: dict[str, EncoderFeatures] = {}
+        for encoder, group in self._by_encoder(media).items():
             sizes = group[0].sizes if len(group) == 1 else None  # images and frames are whole views
             values = [one.values for one in group if one.values is not None]
             parts = self.towers[encoder].encode(torch.cat(values), sizes).split([len(one) for one in values])
             features |= {one.modality: part for one, part in zip(group, parts, strict=True)}
-        return {one.modality: self._connect(one, features[one.modality]) for one in media}
+        return features
+
+    def _connect_all(self, media: list[Media]) -> dict[str, MediaFeatures | list[MediaVectors]]:
+        """Encode what is not encoded yet. Then each modality is connected, in one order."""
+        features = {one.modality: one.features for one in media if one.features is not None}
+        features |= self._encode([one for one in media if one.features is None])
+        connected = {one.modality: self._connect(one, features[one.modality]) for one in media}
+        for one in media:
+            if one.places is not None:
+                connected[one.modality] = [connected[one.modality][item] for item in one.places.tolist()]
+        return connected
 
     def _connect(self, media: Media, features: EncoderFeatures) -> MediaFeatures | list[MediaVectors]:
         tower, question = self.towers[media.modality], media.question
@@ -399,6 +433,8 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, MediaGenerationMixin):
         loss_weights: Float[Tensor, "B T"] | None = None,
         num_items_in_batch: Tensor | int | None = None,
         logits_to_keep: int | Tensor = 0,
+        returns_log_probs: bool = False,
+        own_tokens: Bool[Tensor, "B T"] | None = None,
         **kwargs,
     ) -> MllmOutput:
         """Loss with labels, logits without.
@@ -413,20 +449,25 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, MediaGenerationMixin):
             loss_weights: A factor for each label.
             num_items_in_batch: Divisor of the loss; the batch's own supervised tokens where absent.
             logits_to_keep: How many last positions get logits, 0 for all.
+            returns_log_probs: Whether `log_probs` of the labels are wanted in place of the loss.
+            own_tokens: See `supervised_log_probs`.
             **kwargs: The batch's media, and what else `MllmModel.forward` takes.
         """
         # `generate` passes position_ids and mm_encoder_outputs only to a forward that names them; without the first,
         # padding on the left would shift the positions.
+        features = self.model.encode_frozen(kwargs) if returns_log_probs else {}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             mm_encoder_outputs=mm_encoder_outputs,
-            **kwargs,
+            **{**kwargs, **features},
         )
         hidden = outputs.last_hidden_state
-        loss = token_losses = logits = None
-        if labels is None:
+        loss = token_losses = logits = log_probs = None
+        if labels is not None and returns_log_probs:
+            log_probs = supervised_log_probs(hidden, labels, self.lm_head, own_tokens=own_tokens)
+        elif labels is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
         else:
@@ -436,6 +477,8 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, MediaGenerationMixin):
         return MllmOutput(
             loss=loss,
             token_losses=token_losses,
+            log_probs=log_probs,
+            encoder_features=features or None,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,

@@ -7,7 +7,7 @@ see backbone and head being called as ever.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -19,8 +19,10 @@ from transformers.modeling_outputs import ModelOutput
 
 from mllm.errors import OptionError, RowError
 from mllm.models.joining import joining_ranks
+from mllm.models.log_probs import supervised_log_probs
 from mllm.models.loss import LogitExtras, supervised_loss
 from mllm.models.modeling import MllmForConditionalGeneration
+from mllm.models.shared_images import images_at
 
 _PLAIN = (
     "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "smolvlm",
@@ -48,10 +50,25 @@ _MARK = "_is_supervised"
 
 @dataclass
 class SupervisedOutput(ModelOutput):
-    """What the forward of a stock model returns for labels; see `mllm.models.loss.SupervisedLoss`."""
+    """What the forward of a stock model returns for labels; see `mllm.models.loss.SupervisedLoss`.
+
+    With `returns_log_probs`, in place of the loss, `log_probs`, and the `encoder_features` of frozen image parts.
+    """
 
     loss: torch.Tensor | None = None
     token_losses: torch.Tensor | None = None
+    log_probs: torch.Tensor | None = None
+    encoder_features: dict[str, Any] | None = None
+
+
+SHARES_IMAGES = ("llava", "llava_next", "llava_onevision", "internvl", "mistral3", "vipllava", "aya_vision")
+"""Model types whose `get_image_features` gives features by the image, which can be put at several places each."""
+
+
+def takes_shared_media(model: torch.nn.Module) -> bool:
+    """Whether a model takes `{kind}_places`: a medium once that stands at several places of the texts."""
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    return isinstance(plain, MllmForConditionalGeneration) or plain.config.model_type in SHARES_IMAGES
 
 
 def attach_supervised_forward(
@@ -105,18 +122,27 @@ def _forward_of(
         labels: torch.Tensor | None = None,
         loss_weights: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        returns_log_probs: bool = False,
+        own_tokens: torch.Tensor | None = None,
+        image_places: torch.Tensor | None = None,
+        connected_images: Sequence[torch.Tensor] | None = None,
         **inputs: Any,
     ) -> ModelOutput:
         if labels is None:
             return stock(*args, **inputs)
-        with joining_ranks(self.model, blank, inputs):
-            hidden = self.model(*args, **inputs).last_hidden_state
+        with joining_ranks(self.model, blank, inputs), images_at(self.model, image_places, connected_images) as images:
+            hidden = self.model(*args, **inputs, **images.inputs).last_hidden_state
         if hidden.shape[:2] != labels.shape:
             raise RowError(
                 f"{labels.shape[1]} labels for {hidden.shape[1]} positions",
                 expected="one placeholder in the text for every feature vector",
                 do="prepare the rows with the processor that belongs to the model",
             )
+        if returns_log_probs:
+            found = supervised_log_probs(
+                hidden, labels, self.get_output_embeddings(), own_tokens=own_tokens, extras=extras
+            )
+            return SupervisedOutput(log_probs=found, encoder_features=images.to_share())
         return SupervisedOutput(
             *supervised_loss(
                 hidden,

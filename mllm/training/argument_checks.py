@@ -11,22 +11,22 @@ from transformers.training_args import OptimizerNames
 
 from mllm.errors import OptionError
 from mllm.models.parts import PartOptions
-from mllm.training.options import CHOICES, COUNTS, SERVICE_PACKAGES, UNSUPPORTED, SftArguments
+from mllm.training.options import COUNTS, SERVICE_PACKAGES, UNSUPPORTED, SftArguments
 
 
-def check_names(options: Mapping[str, Any], where: str) -> None:
+def check_names(options: Mapping[str, Any], kind: type[SftArguments], where: str) -> None:
     """Every name is an option, and those without which there is no run are there.
 
     Raises:
         OptionError: One is unknown (the nearest is named), or missing.
     """
-    known = [option.name for option in fields(SftArguments) if option.init]
+    known = [option.name for option in fields(kind) if option.init]
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
             raise OptionError(
                 f"unknown option {name!r} in {where}",
-                expected="an option that `train/sft.py --help` lists, or one of transformers' TrainingArguments",
+                expected=f"an option that `{kind.program} --help` lists, or one of transformers' TrainingArguments",
                 do=f"write `{near[0]}`, if that was meant" if near else "remove it, or correct its name",
             )
     for name in ("model", "data", "output_dir"):
@@ -40,11 +40,11 @@ def check_values(arguments: SftArguments, where: str) -> None:
     Raises:
         OptionError: A value that the option cannot have.
     """
-    for name, choices in CHOICES.items():
+    for name, choices in arguments.choices().items():
         if getattr(arguments, name) not in choices:
             raise OptionError(
                 f"{name} = {getattr(arguments, name)!r} in {where}",
-                expected=f"one of {', '.join(choices)}",
+                expected=f"one of {', '.join(map(str, choices))}",
                 do="choose",
             )
     for name in COUNTS:

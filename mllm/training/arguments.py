@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from transformers import HfArgumentParser
@@ -14,30 +14,39 @@ from transformers import HfArgumentParser
 from mllm.data.mixture_file import read_mixture
 from mllm.errors import OptionError
 from mllm.training.argument_checks import check_batching, check_names, check_values, read_parts
-from mllm.training.options import COMMON, EXAMPLE, OWN, UNSUPPORTED, SftArguments
+from mllm.training.options import COMMON, UNSUPPORTED, SftArguments
 from mllm.training.sharding import require_deepspeed
 
 FLAGS = ("dry_run",)
 """Options of ours that may stand on the command line without a value."""
 
+Arguments = TypeVar("Arguments", bound=SftArguments)
+
 __all__ = ["UNSUPPORTED", "SftArguments", "build_arguments", "parse_arguments", "read_config"]
 
 
-def parse_arguments(argv: Sequence[str]) -> SftArguments:
+def parse_arguments(
+    argv: Sequence[str],
+    kind: type[Arguments] = SftArguments,
+) -> Arguments:
     """Read `--config FILE` and the options that override it; `--help` shows ours first.
+
+    Args:
+        argv: The command line, without the program.
+        kind: The program's options.
 
     Raises:
         OptionError: A key is unknown, or a value cannot be read.
     """
     parser = argparse.ArgumentParser(
-        usage="train/sft.py --config FILE [--OPTION VALUE ...]", epilog=EXAMPLE,
-        description="Supervised fine-tuning of a composed model, or of a stock one.",
+        usage=f"{kind.program} --config FILE [--OPTION VALUE ...]", epilog=kind.example, description=kind.about,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--config", type=Path, help="YAML file with any of these options")
     parser.add_argument("--stage", help="which stage to run, where --config is a plan")
-    known = {option.name: option for option in fields(SftArguments) if option.init}
-    for title, names in (("options of mllm", OWN), ("often used options of TrainingArguments", COMMON)):
+    own = kind.own()
+    known = {option.name: option for option in fields(kind) if option.init}
+    for title, names in (("options of mllm", own), ("often used options of TrainingArguments", COMMON)):
         group = parser.add_argument_group(title)
         for name in names:
             flag: dict[str, Any] = {"nargs": "?", "const": "true"} if name in FLAGS else {}
@@ -45,15 +54,15 @@ def parse_arguments(argv: Sequence[str]) -> SftArguments:
                 f"--{name}", metavar="VALUE", help=_help(known[name]), default=argparse.SUPPRESS, **flag
             )
     rest = parser.add_argument_group("all other options of TrainingArguments, by their names")
-    for name in sorted(set(known) - set(OWN) - set(COMMON)):
+    for name in sorted(set(known) - set(own) - set(COMMON)):
         rest.add_argument(f"--{name}", help=argparse.SUPPRESS, default=argparse.SUPPRESS)
     given = vars(parser.parse_args(argv))
     config, stage = given.pop("config"), given.pop("stage")
     options = read_config(config, stage=stage) if config else {}
     if config and "data_root" not in given:
         options.setdefault("data_root", str(config.parent))
-    options |= {name: _read_yaml(value, f"--{name}") if name in OWN else value for name, value in given.items()}
-    return build_arguments(options, where=str(config) if config else "the command line")
+    options |= {name: _read_yaml(value, f"--{name}") if name in own else value for name, value in given.items()}
+    return build_arguments(options, kind, where=str(config) if config else "the command line")
 
 
 def read_config(path: Path, *, stage: str | None = None) -> dict[str, Any]:
@@ -81,34 +90,40 @@ def read_config(path: Path, *, stage: str | None = None) -> dict[str, Any]:
             do="name it with --stage, or run the whole plan with train/run.py",
         )
     shared = {key: value for key, value in options.items() if key != "stages"}
-    chosen = {key: value for key, value in stages[stage].items() if key != "name"}
+    chosen = {key: value for key, value in stages[stage].items() if key not in ("name", "program")}
     return {"output_dir": f"runs/{path.stem}/{stage}", **shared, **chosen}
 
 
-def build_arguments(options: Mapping[str, Any], *, where: str) -> SftArguments:
-    """Typed arguments from plain values.
+def build_arguments(
+    options: Mapping[str, Any],
+    kind: type[Arguments] = SftArguments,
+    *,
+    where: str,
+) -> Arguments:
+    """Typed arguments of a program from plain values.
 
     Raises:
         OptionError: A key is unknown (the nearest is named), required and missing, or its value cannot be read.
     """
-    check_names(options, where)
+    check_names(options, kind, where)
     if options.get("deepspeed"):
         require_deepspeed()
-    plain = {name: value for name, value in options.items() if name not in OWN and value is not None}
+    plain = {name: value for name, value in options.items() if name not in kind.own() and value is not None}
     command = [item for name, value in plain.items() for item in _as_command(name, value)]
     try:
-        parser = HfArgumentParser(SftArguments, exit_on_error=False, allow_abbrev=False)
+        parser = HfArgumentParser(kind, exit_on_error=False, allow_abbrev=False)
         typed = vars(parser.parse_args(command))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # gradient_checkpointing, by its name in every release
-            arguments = SftArguments(**{name: typed[name] for name in plain})
+            arguments = kind(**{name: typed[name] for name in plain})
     except (argparse.ArgumentError, ValueError) as error:
         raise OptionError(f"{where}: {error}", expected="a value of the option's type", do="correct it") from error
-    for name in OWN:
+    for name in kind.own():
         if name in options:
             setattr(arguments, name, options[name])
     check_values(arguments, where)
     check_batching(arguments, options, where)
+    arguments.check(where)
     arguments.parts = read_parts(arguments.parts)
     shared = {"on_bad": arguments.on_bad, "max_bad_rate": arguments.max_bad_rate}
     arguments.data = read_mixture(arguments.data, root=arguments.data_root, shared=shared)

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
@@ -52,6 +52,10 @@ Run it:                                         accelerate launch train/sft.py -
 @dataclass
 class SftArguments(TrainingArguments):
     """Options of `train/sft.py`: ours, and those of transformers' `TrainingArguments`."""
+
+    program: ClassVar[str] = "train/sft.py"
+    about: ClassVar[str] = "Supervised fine-tuning of a composed model, or of a stock one."
+    example: ClassVar[str] = EXAMPLE
 
     model: Any = field(
         default=None,
@@ -150,6 +154,19 @@ class SftArguments(TrainingArguments):
     eval_delay: float = field(default=0.0, metadata={"help": argparse.SUPPRESS})
     save_steps: float = field(default=500.0, metadata={"help": "Steps between two checkpoints."})
 
+    @classmethod
+    def own(cls) -> tuple[str, ...]:
+        """The names of our options."""
+        return OWN
+
+    @classmethod
+    def choices(cls) -> dict[str, tuple[str, ...]]:
+        """What our options that are words can be."""
+        return CHOICES
+
+    def check(self, where: str) -> None:
+        """Check what a program's own options say together, where they stand; for programs that have some."""
+
     def __post_init__(self):
         self.remove_unused_columns = False  # batches are ours, there are no columns
         self.ddp_find_unused_parameters: bool | None
@@ -160,7 +177,7 @@ class SftArguments(TrainingArguments):
     def to_dict(self) -> dict[str, Any]:
         """All options as JSON can hold them, which the services of `report_to` are told."""
         options = super().to_dict()
-        own = {name: options[name] for name in OWN}
+        own = {name: options[name] for name in self.own()}
         return options | json.loads(json.dumps(own, default=_plain))
 
 

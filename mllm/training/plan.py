@@ -17,6 +17,7 @@ from mllm.load import ADAPTER_CONFIG
 from mllm.models.parts import check_options
 from mllm.training.arguments import SftArguments, build_arguments
 from mllm.training.checkpoint import FINAL
+from mllm.training.preference_options import PreferenceArguments
 
 PART_NAMES = ("image.encoder", "image.connector", "audio.encoder", "audio.connector", "video.connector", "text")
 """The parts of models that `assemble` makes, as far as they have these towers."""
@@ -25,6 +26,9 @@ SETTLED = ("model", "output_dir", "resume_from_checkpoint")
 """Options of a stage that the plan settles."""
 
 STAGE_YAML = "stage.yaml"
+
+PROGRAMS: dict[str, type[SftArguments]] = {"sft": SftArguments, "rdpo": PreferenceArguments}
+"""What a stage may be run by, `train/NAME.py`, and the options that it takes."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Stage:
         given: The names of those that the plan, its defaults or `--set` state.
         arguments: The same, typed.
         data: What every source is, see `Mixture.fingerprints`.
+        program: One of `PROGRAMS`.
     """
 
     name: str
@@ -48,6 +53,7 @@ class Stage:
     given: tuple[str, ...]
     arguments: SftArguments
     data: list[dict[str, Any]]
+    program: str = "sft"
 
     @property
     def final(self) -> Path:
@@ -56,7 +62,7 @@ class Stage:
 
     @property
     def config(self) -> Path:
-        """The resolved options, ready for `train/sft.py --config`."""
+        """The resolved options, ready for the `--config` of its program."""
         return self.directory / STAGE_YAML
 
 
@@ -118,7 +124,8 @@ def read_plan(
     stages: list[Stage] = []
     for name, entry in zip(names, document["stages"], strict=True):
         where = f"{path}, stage {name!r}"
-        own = shared | {key: value for key, value in entry.items() if key != "name"}
+        program = _program(entry, where=where)
+        own = shared | {key: value for key, value in entry.items() if key not in ("name", "program")}
         for key in SETTLED:
             if key in own:
                 raise OptionError(
@@ -131,10 +138,21 @@ def read_plan(
         options = own | {
             "model": str(begins), "data_root": str(root), "output_dir": str(output_dir / name)
         }  # fmt: skip
-        arguments = build_arguments(options, where=where)
+        arguments = build_arguments(options, PROGRAMS[program], where=where)
         check_options(_part_names(document.get("model")), arguments.parts)
-        stages.append(Stage(name, output_dir / name, begins, options, tuple(own), arguments, data=[]))
+        stages.append(Stage(name, output_dir / name, begins, options, tuple(own), arguments, [], program))
     return Plan(path, output_dir, model, tuple(_with_data(stage, progress) for stage in stages))
+
+
+def _program(entry: Mapping[str, Any], *, where: str) -> str:
+    program = entry.get("program", "sft")
+    if program not in PROGRAMS:
+        raise OptionError(
+            f"program = {program!r} in {where}",
+            expected=f"one of {', '.join(PROGRAMS)}: which of train/*.py runs the stage",
+            do="correct it, or remove it for sft",
+        )
+    return program
 
 
 def _with_data(stage: Stage, progress: Callable[[int], Any] | None) -> Stage:

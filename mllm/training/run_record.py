@@ -33,7 +33,7 @@ VOLATILE = (
     "logging_nan_inf_filter", "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_pin_memory",
     "dataloader_persistent_workers", "ddp_timeout", "ddp_backend", "ddp_bucket_cap_mb", "ddp_find_unused_parameters",
     "hub_token", "push_to_hub_token", "skip_memory_metrics", "on_bad", "max_bad_rate",
-    "dry_run", "eval_data", "eval_sample_steps", "eval_strategy", "eval_steps", "eval_on_start",
+    "reference_cache", "dry_run", "eval_data", "eval_sample_steps", "eval_strategy", "eval_steps", "eval_on_start",
     "eval_delay", "do_eval", "per_device_eval_batch_size", "eval_accumulation_steps", "eval_do_concat_batches",
 )  # fmt: skip
 """Options that do not decide the outcome, or stand elsewhere in the record."""

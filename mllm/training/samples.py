@@ -10,7 +10,7 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerCallback
 
-from mllm.data.collate import PaddingCollator
+from mllm.data.collate import Collator
 from mllm.data.examples import Example, Examples
 from mllm.data.labels import IGNORED
 from mllm.errors import MllmError
@@ -34,7 +34,7 @@ class SampleAnswers(TrainerCallback):
         all_ranks: Whether all ranks have to generate together, as they must where weights are sharded.
     """
 
-    def __init__(self, examples: Examples, collate: PaddingCollator, *, every: int, all_ranks: bool):
+    def __init__(self, examples: Examples, collate: Collator, *, every: int, all_ranks: bool):
         self.examples = examples
         self.collate = collate
         self.every = every

@@ -1,5 +1,9 @@
 """Supervised fine-tuning: the model's own loss on the assistant's words."""
 
+from typing import Any
+
+import torch
+
 from mllm.training.trainer import MllmTrainer
 
 
@@ -9,3 +13,10 @@ class SftTrainer(MllmTrainer):
     The model computes it in its forward (`mllm.models.loss.supervised_loss`), divided by the count that `Trainer`
     gathers over accumulation steps and ranks.
     """
+
+    def loss_of(self, model: torch.nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | None) -> Any:
+        """The model's loss."""
+        taken = {name: value for name, value in inputs.items() if name != "sources"}
+        outputs = model(**taken, num_items_in_batch=num_items, use_cache=False)
+        self.source_losses.add(inputs["sources"], outputs.token_losses)
+        return outputs.loss, outputs

@@ -18,10 +18,12 @@ class SourceLosses:
 
     Args:
         names: Of the sources, in the order of their numbers.
+        unit: What is counted, as the log names it.
     """
 
-    def __init__(self, names: Sequence[str]):
+    def __init__(self, names: Sequence[str], *, unit: str = "supervised_tokens"):
         self.names = tuple(names)
+        self.unit = unit
         self.num_empty = 0
         """Micro-batches in which nothing is learned since this was last read; they weigh nothing."""
         self._sums: Tensor | None = None
@@ -41,7 +43,7 @@ class SourceLosses:
         """The mean loss of each source that was seen on any rank since this was last read; all ranks ask together.
 
         Returns:
-            "loss" over all tokens, "loss/NAME" of each source where there are several, "supervised_tokens", and
+            "loss" over all tokens, "loss/NAME" of each source where there are several, how many tokens, and
             "empty_micro_batches" if there were any. No loss where nothing was seen.
         """
         own = (torch.zeros(2, len(self.names)) if self._sums is None else self._sums).tolist()
@@ -49,7 +51,7 @@ class SourceLosses:
         self._sums, num_empty, self.num_empty = None, sum(empty for _, empty in ranks), 0
         sums = [sum(values) for values in zip(*(found[0] for found, _ in ranks), strict=True)]
         counts = [round(sum(values)) for values in zip(*(found[1] for found, _ in ranks), strict=True)]
-        logs: dict[str, int | float] = {"supervised_tokens": sum(counts)}
+        logs: dict[str, int | float] = {self.unit: sum(counts)}
         if any(counts):
             logs["loss"] = sum(sums) / sum(counts)
         if len(self.names) > 1:

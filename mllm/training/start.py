@@ -1,6 +1,7 @@
 """What has to be settled before the first step: the launch, the model to start from, the rows."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ from mllm.checkpoints import atomic_directory, is_complete, read_complete
 from mllm.data.examples import Examples
 from mllm.data.mixture import Mixture
 from mllm.data.mixture_file import open_mixture
+from mllm.data.pairs import Pairs
 from mllm.errors import CheckpointError, OptionError
 from mllm.load import ADAPTER_CONFIG, checkpoint_directory, load_model, load_processor, merged
 from mllm.models import MllmForConditionalGeneration
 from mllm.models.parts import apply_modes, checkpoint_parts, quantized_parts
+from mllm.models.supervised import attach_supervised_forward
 from mllm.processing import MllmProcessor, TrainingProcessor
 from mllm.training.arguments import SftArguments
 from mllm.training.batching import prepare_attention
 from mllm.training.feature_cache import CachedFeatures, cache_features, check_cacheable
+from mllm.training.preference_options import PreferenceArguments
 from mllm.training.run_record import measure_before
 from mllm.training.sharding import check_sharding, settle_dtype, whole_models
 
@@ -149,6 +153,32 @@ def with_modes(model: PreTrainedModel, args: SftArguments) -> PreTrainedModel | 
     return model
 
 
+def reference_model(args: PreferenceArguments, base: Path, model: torch.nn.Module) -> PreTrainedModel | None:
+    """The model that the policy is compared with, where it is not the policy itself without its adapters.
+
+    Raises:
+        CheckpointError: There is no model at `reference`.
+        OptionError: It is of another architecture.
+    """
+    if args.reference is None and isinstance(model, PeftModel):
+        return None
+    path = base if args.reference is None else checkpoint_directory(args.reference)
+    reference = merged(load_model(path, dtype=args.dtype))
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    if type(reference) is not type(plain) or reference.config.get_text_config().vocab_size != (
+        plain.config.get_text_config().vocab_size
+    ):
+        raise OptionError(
+            f"reference = {str(path)!r} is a {type(reference).__name__} with a vocabulary of "
+            f"{reference.config.get_text_config().vocab_size}",
+            expected=f"a {type(plain).__name__} with one of {plain.config.get_text_config().vocab_size}, as the model",
+            do="name the checkpoint that the run starts from, or remove `reference`",
+        )
+    prepare_attention(args, reference)
+    attach_supervised_forward(reference)
+    return reference
+
+
 def _set_encoder_chunk(model: PreTrainedModel, items: int) -> None:
     if not isinstance(model, MllmForConditionalGeneration):
         raise OptionError(
@@ -174,7 +204,7 @@ def encode_rows(rows: Mixture, args: SftArguments, processor: TrainingProcessor,
     Raises:
         OptionError, RowError: As `Examples` does.
     """
-    return Examples(
+    return examples_for(args)(
         rows,
         processor,
         max_length=args.max_length,
@@ -183,6 +213,11 @@ def encode_rows(rows: Mixture, args: SftArguments, processor: TrainingProcessor,
         measure=measure_before(Path(args.output_dir)),
         is_exact=args.batching == "packed",
     )
+
+
+def examples_for(args: SftArguments) -> Callable[..., Examples]:
+    """What rows become in a run: conversations, or pairs of answers."""
+    return partial(Pairs, contrast=args.sides) if isinstance(args, PreferenceArguments) else Examples
 
 
 def validation_examples(args: SftArguments, processor: TrainingProcessor, *, progress: Progress) -> Examples | None:
@@ -195,7 +230,7 @@ def validation_examples(args: SftArguments, processor: TrainingProcessor, *, pro
         return None
     rows = open_mixture(args.eval_data, seed=args.seed, progress=progress("reading validation data", None))
     bar = progress("encoding validation text", len(rows))
-    return Examples(rows, processor, max_length=args.max_length, overlong=args.overlong, progress=bar)
+    return examples_for(args)(rows, processor, max_length=args.max_length, overlong=args.overlong, progress=bar)
 
 
 def encode_media(

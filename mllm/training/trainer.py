@@ -16,7 +16,7 @@ from transformers import Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerControl
 
 from mllm.checkpoints import atomic_directory, mark_complete, read_complete
-from mllm.data.collate import Features, LeavingOut, PaddingCollator
+from mllm.data.collate import Collator, Features, LeavingOut, PackingCollator, PaddingCollator
 from mllm.data.examples import Examples
 from mllm.data.left_out import usable_batches
 from mllm.data.sampler import EpochDataLoader, RankBatches
@@ -55,6 +55,9 @@ class MllmTrainer(Trainer):
         validation: What to validate on.
     """
 
+    unit = "supervised_tokens"
+    """What the loss is a mean over, as the log names it."""
+
     def __init__(
         self,
         model: torch.nn.Module,
@@ -76,7 +79,9 @@ class MllmTrainer(Trainer):
             train_dataset=examples,
             eval_dataset=validation,
             data_collator=LeavingOut(
-                make_collator(args, processor, source_of=examples.rows.source_number, features=features)
+                self.collator(
+                    make_collator(args, processor, source_of=examples.rows.source_number, features=features), model
+                )
             ),
             callbacks=[JsonLog(), Console()],
         )
@@ -88,7 +93,9 @@ class MllmTrainer(Trainer):
         # it again. It would ask the model's class; some sixty of them say that they do not take the count.
         self.model_accepts_loss_kwargs = True
         self.finite_loss = FiniteLoss(examples.rows)
-        self.source_losses = SourceLosses(source_names(index.source for index in examples.rows.indexes))
+        self.source_losses = SourceLosses(
+            source_names(index.source for index in examples.rows.indexes), unit=self.unit
+        )
         # Not transformers' `processing_class`: it would set the model's end tokens back to the tokenizer's.
         self.processor = processor
         self.parts = dict(parts)
@@ -103,8 +110,24 @@ class MllmTrainer(Trainer):
         if validation is not None:
             self._add_validation(validation)
 
+    def collator(self, texts: PaddingCollator | PackingCollator, model: torch.nn.Module) -> Collator:
+        """What makes batches of examples, out of what makes batches of conversations."""
+        return texts
+
+    def prepare_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A micro-batch, while it is on the CPU, with what the loss will ask about it."""
+        return with_token_sources(batch)
+
+    def num_items(self, batch: dict[str, Any]) -> int:
+        """By how many the loss of a micro-batch counts."""
+        return num_supervised(batch["labels"])
+
+    def loss_of(self, model: torch.nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | None) -> Any:
+        """The loss of a micro-batch, divided by the items of the whole step, and what the model returned."""
+        raise NotImplementedError
+
     def _add_validation(self, examples: Examples) -> None:
-        collate = PaddingCollator(self.processor, source_of=examples.rows.source_number)
+        collate = self.collator(PaddingCollator(self.processor, source_of=examples.rows.source_number), self.model)
         self.validation = Validation(
             examples,
             LeavingOut(collate),
@@ -133,15 +156,15 @@ class MllmTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list, Any]:
-        """The micro-batches of a step on this rank, and the number of supervised tokens of the step on all ranks.
+        """The micro-batches of a step on this rank, and the number of items of the step on all ranks.
 
         What was left out of them is accounted. A step of which every row was left out has nothing to learn, and
         nothing to divide by either.
         """
         watched = self.finite_loss.watch(self.figures.meter.watch(epoch_iterator))
-        batches = map(with_token_sources, usable_batches(watched, self.train_dataset.account.add))
+        batches = map(self.prepare_batch, usable_batches(watched, self.train_dataset.account.add))
         samples = list(islice(batches, num_batches))
-        num_items = torch.tensor(sum(num_supervised(batch["labels"]) for batch in samples), device=device)
+        num_items = torch.tensor(sum(map(self.num_items, samples)), device=device)
         return samples, self.accelerator.reduce(num_items, reduction="sum").clamp(min=1)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -184,7 +207,7 @@ class MllmTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
-        """The model's loss; without media of a kind it is joined to their tower all the same, with a gradient of zero.
+        """The loss; without media of a kind it is joined to their tower all the same, with a gradient of zero.
 
         Several ranks do that in the forward (their collectives have to meet). One process has to come to the same end:
         a step without media is a step of zero for a tower, and not none at all; and where only a tower is trained,
@@ -194,14 +217,12 @@ class MllmTrainer(Trainer):
             TrainingError: The loss of the step is no number; raised on all ranks, before the gradients of the step are
                 complete.
         """
-        taken = {name: value for name, value in inputs.items() if name != "sources"}
-        outputs = model(**taken, num_items_in_batch=num_items_in_batch, use_cache=False)
-        self.source_losses.add(inputs["sources"], outputs.token_losses)
-        self.finite_loss.add(outputs.loss)
+        found, outputs = self.loss_of(model, inputs, num_items_in_batch)
+        self.finite_loss.add(found)
         if self.accelerator.sync_gradients:
             self.finite_loss.check(self.accelerator, **self._step_in_work())
-        # The gradients of all ranks are averaged, and each loss is already divided by the tokens of all.
-        loss = outputs.loss * self.accelerator.num_processes
+        # The gradients of all ranks are averaged, and each loss is already divided by the items of all.
+        loss = found * self.accelerator.num_processes
         if self.args.world_size == 1:
             for kind, names in MEDIA_INPUTS.items():
                 if not any(len(inputs.get(name, ())) for name in names):

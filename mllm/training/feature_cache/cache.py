@@ -280,7 +280,11 @@ def _account(examples: Examples, media: RunMedia, problems: Problems) -> None:
     account, before = examples.account, Counter(examples.account.counts)
     for position in examples.used.tolist() if problems else ():
         row = examples.rows[position]
-        bad = [number for number in media.numbers_of(position, len(row.media)).tolist() if number in problems]
+        bad = [
+            number
+            for number in media.numbers_of(position, len(examples.media_of(position))).tolist()
+            if number in problems
+        ]
         if bad:
             item, error = media.items[bad[0]], of_row(problems[bad[0]], row.name)
             file = str(item.path or item.blob)

@@ -3,12 +3,11 @@
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from mllm.data.examples import Example
 from mllm.data.schema import MediaItem
 from mllm.errors import MediaError, MllmError
 from mllm.shapes import EncoderFeatures, Tensor
@@ -75,7 +74,7 @@ class CachedFeatures:
         """By which a row of other data is told, whose number means another row here."""
         self.places = places
 
-    def of(self, example: Example) -> Iterator[CachedMedium]:
+    def of(self, example: Any) -> Iterator[CachedMedium]:
         """A row's media, as they are asked for.
 
         Raises:
@@ -83,8 +82,8 @@ class CachedFeatures:
             CheckpointError: A file of the cache is damaged.
         """
         start = int(self.starts[example.position])
-        numbers = self.numbers[start : start + len(example.row.media)].tolist()
-        for item, number in zip(example.row.media, numbers, strict=True):
+        numbers = self.numbers[start : start + len(example.media_items)].tolist()
+        for item, number in zip(example.media_items, numbers, strict=True):
             assert self.addresses[number] == _address_sum(item), f"{example.row.name} is no row of this run"
             if number in self.places.problems:
                 raise of_row(self.places.problems[number], example.row.name)

@@ -75,7 +75,7 @@ def find_media(examples: Examples, *, progress: Callable[..., Any] | None = None
     starts = np.full(len(examples.rows), -1, np.int64)
     for position in examples.used.tolist():
         starts[position] = len(numbers)
-        for item in examples.rows[position].media:
+        for item in examples.media_of(position):
             number = known.setdefault(item, len(known))
             if number == len(rows):
                 rows.append(position)
