@@ -25,7 +25,7 @@ from mllm.evaluation.digits import TASKS_OF
 from mllm.evaluation.quickstart_report import draw_chat, format_table, summarize
 
 ROOT = Path(__file__).resolve().parent.parent
-BUDGET = {"data": 15, "backbones": 185, "train": 245, "look": 12, "evaluate": 18, "export": 12, "chat": 5}
+BUDGET = {"data": 12, "backbones": 175, "train": 255, "look": 7, "evaluate": 18, "export": 12, "chat": 6}
 """Seconds each step may take on two cores: the spine eight minutes, what joins it ten with it."""
 MEDIA_BUDGET = {"data": 15, "videos": 25, "sounds": 30, "backbones": 270, "whisper": 45} | {
     "train": 430, "look": 15, "evaluate": 55, "chat": 5
