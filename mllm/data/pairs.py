@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from mllm.data.contrasts import NONE, Contrast, Shown, shown_by
 from mllm.data.coordinates import CroppedAwayError, move_row
 from mllm.data.examples import Example, Examples, encode_row, too_long, unusable
@@ -182,8 +180,3 @@ def _no_preference(row: Row) -> RowError:
         expected="rows with a chosen and a rejected answer",
         do="train on it with train/sft.py, or name other data",
     )
-
-
-def lengths_of_sides(pair: Pair) -> np.ndarray:
-    """Supervised tokens of each side."""
-    return np.array([int((side.labels[1:] != -100).sum()) for side in pair.sides])
