@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory to write; must be absent or empty")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--encoder_steps", type=int, default=500)
-    parser.add_argument("--llm_steps", type=int, default=2000, help="at most one pass over text.jsonl")
+    parser.add_argument("--llm_steps", type=int, default=2000, help="at most, in each phase")
     lessons = "further lessons for the language model, see `read_lessons`"
     parser.add_argument("--lessons", type=Path, nargs="*", default=[], metavar="FILE", help=lessons)
     args = parser.parse_args()
@@ -155,7 +155,8 @@ def read_cells(path: Path, processor: CLIPImageProcessorPil, config: CLIPVisionC
 def train_llm(lessons: list[Path], out: Path, steps: int) -> dict:
     """Train a tokenizer and a Llama on conversations about scenes written out as text, and save both."""
     start = time.perf_counter()
-    rows, held_out = read_lessons(lessons)
+    *phases, held_out = read_lessons(lessons)
+    rows = [row for phase in [*phases, held_out] for row in phase]
     chats = [
         [{"role": message["role"], "content": message["content"][0]["text"]} for message in row["messages"]]
         for row in rows
@@ -186,46 +187,53 @@ def train_llm(lessons: list[Path], out: Path, steps: int) -> dict:
 
     encoded = tokenizer.apply_chat_template(chats, return_dict=True, return_assistant_tokens_mask=True)
     input_ids, labels = to_tensors(encoded["input_ids"], encoded["assistant_masks"], tokenizer.pad_token_id)
-    batches = make_batches(input_ids[:-held_out], labels[:-held_out], batch_size=32)
-    steps = min(steps, len(batches))
-    losses = (lambda batch=batch: loss(*batch) for batch in batches[:steps])
-    optimise(llm, losses, steps, "llm")
+    start_of_phase, num_steps = 0, 0
+    for number, phase in enumerate(phases):
+        taken = slice(start_of_phase, start_of_phase + len(phase))
+        batches = make_batches(input_ids[taken], labels[taken], batch_size=32)[:steps]
+        losses = (lambda batch=batch: loss(*batch) for batch in batches)
+        optimise(llm, losses, len(batches), f"llm, phase {number + 1}")
+        start_of_phase, num_steps = taken.stop, num_steps + len(batches)
 
     llm.eval()
-    tasks = [row["meta"]["tasks"][0] for row in rows[-held_out:]]  # one question each in the last lesson
+    tasks = [row["meta"]["tasks"][0] for row in held_out]  # one question each in the last lesson
+    first = len(rows) - len(held_out)
     llm.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     llm.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return {
-        "steps": steps,
+        "steps": num_steps,
         "seconds": round(time.perf_counter() - start, 1),
         "parameters": sum(p.numel() for p in llm.parameters()),
         "vocabulary": len(tokenizer),
         "held_out_answers_right": {
-            task: right_answers(llm, input_ids, labels, [n - held_out for n, name in enumerate(tasks) if name == task])
+            task: right_answers(llm, input_ids, labels, [first + n for n, name in enumerate(tasks) if name == task])
             for task in sorted(set(tasks))
         },
     }
 
 
-def read_lessons(paths: list[Path]) -> tuple[list[dict], int]:
-    """The rows of the first file, and those of the others among them.
+def read_lessons(paths: list[Path]) -> list[list[dict]]:
+    """The rows in phases, each learned with a schedule of its own, and behind them those that are held out.
 
-    What is new is learned by itself first: two thirds of each further file stand together in the middle of the first
-    file, the rest is spread evenly over what follows.
-
-    Returns:
-        The rows, and how many at their end, the last of each file, are held out.
+    The first file is a phase by itself: what it teaches is learned late, and not at all among other things. The others
+    are the second phase, in step with each other and with every other row of the first file's second half, which
+    keeps what was learned.
     """
-    rows, unseen = [], []
-    for number, path in enumerate(paths):
+    files, unseen = [], []
+    for path in paths:
         found = [json.loads(line) for line in path.open(encoding="utf-8")]
-        kept = found[: len(found) - min(HELD_OUT, len(found) // 10)]
-        unseen += found[len(kept) :]
-        for place, row in enumerate(kept):
-            moment = place / len(kept)
-            rows.append(((moment if not number else max(0.5, 1.5 * moment - 0.5), number), row))
-    return [row for _, row in sorted(rows, key=lambda pair: pair[0])] + unseen, len(unseen)
+        kept = len(found) - min(HELD_OUT, len(found) // 10)
+        files.append(found[:kept])
+        unseen += found[kept:]
+    first, *others = files
+    if not others:
+        return [first, unseen]
+    sources = [*others, first[len(first) // 2 :: 2]]
+    moments = [
+        (place / len(rows), number, row) for number, rows in enumerate(sources) for place, row in enumerate(rows)
+    ]
+    return [first, [row for *_, row in sorted(moments, key=lambda moment: moment[:2])], unseen]
 
 
 def compose_embeddings(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
