@@ -23,9 +23,10 @@ MEDIA_THRESHOLDS = {
     "beeps_accuracy": 0.90,
     "glide_accuracy": 0.95,
     "tones_accuracy": 0.90,
-    "match_accuracy": 0.80,
+    "match_accuracy": 0.60,
 }
-"""And, of a quickstart with videos and sounds, on unseen ones."""
+"""And, of a quickstart with videos and sounds, on unseen ones. Whether there are as many beeps as digits is hard for so
+small a model: it has to know more than chance, by more than three standard errors of 300 answers."""
 COPIED = ("max_abs_diff", "same_tokens", "num_probes", "num_parameters")
 
 
