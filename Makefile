@@ -16,7 +16,7 @@ MODEL       ?= $(OUT)/run/sft/final
 VENV   := .venv
 LOWEST := .venv-lowest
 BIN    := $(VENV)/bin
-DEV    := '.[quickstart,serve,data,deepspeed,bnb,bench,dev]'
+DEV    := '.[quickstart,serve,data,deepspeed,bnb,bench,preference,dev]'
 INSTALL = -m pip install --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 PYTEST  = -m pytest -n $(JOBS) --dist loadfile
 

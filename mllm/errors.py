@@ -55,6 +55,10 @@ class ExportError(MllmError):
     """A model has no stock class to be exported to, or the export differs from it."""
 
 
+class EndpointError(MllmError):
+    """A service on another machine refuses us, or does not answer."""
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """For programs: end with the message alone and exit status 2 on an `MllmError`; bugs keep their traceback."""

@@ -3,7 +3,8 @@
     python scripts/evaluate_model.py runs/quickstart/run/sft/final --rows runs/quickstart/data/eval --out eval.json
 
 For every task it writes the model's metrics; beside them, metric by metric, the better of its own with blank media
-(grey pictures and frames, silence) and of the best constant answer; and the answers themselves.
+(grey pictures and frames, silence) and of the best constant answer; of captions and of questions about presence also
+what the model named that is not there; and the answers themselves.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from transformers.utils import logging
 from mllm import load_model, load_processor
 from mllm.errors import OptionError, user_errors
 from mllm.evaluation.digits import TASKS, best_constant, score
+from mllm.evaluation.hallucination import hallucination
 from mllm.evaluation.runner import answer_rows, read_evaluation_rows
 from mllm.load import merged
 
@@ -35,7 +37,7 @@ def main() -> None:
         report = evaluate(args)
         args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     for task, found in report["tasks"].items():
-        print(task, json.dumps({"model": found["model"], "baseline": found["baseline"]}))
+        print(task, json.dumps({key: found[key] for key in ("model", "baseline", "hallucination") if found[key]}))
 
 
 def evaluate(args: argparse.Namespace) -> dict:
@@ -54,6 +56,7 @@ def evaluate(args: argparse.Namespace) -> dict:
             report[task] = {
                 "model": score(task, answers, of_task),
                 "baseline": _better(score(task, blanks, of_task), best_constant(task, of_task)),
+                "hallucination": hallucination(task, answers, of_task),
                 "items": len(of_task),
                 "answers": {row["id"]: answer for row, answer in zip(of_task, answers, strict=True)},
             }

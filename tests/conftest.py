@@ -154,13 +154,17 @@ def pairs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def prefer(assembled: Path, pairs: Path):
-    """Run `train/rdpo.py` in this process, on the tiny model and pairs unless told otherwise; returns OUTPUT_DIR."""
+    """Run `train/rdpo.py` in this process, on the tiny model and pairs unless told otherwise; returns OUTPUT_DIR.
+
+    The picture of the run, which takes longer than the run, is drawn where it `is_drawn`.
+    """
     from mllm.training.arguments import build_arguments
     from mllm.training.preference_options import PreferenceArguments
 
     run = runpy.run_path(str(Path(__file__).parents[1] / "train" / "rdpo.py"))["run"]
+    draw = run.__globals__["draw_preference"]
 
-    def start(output_dir: Path, **options) -> Path:
+    def start(output_dir: Path, *, is_drawn: bool = False, **options) -> Path:
         settled = {
             "model": str(assembled),
             "data": [str(pairs)],
@@ -175,6 +179,7 @@ def prefer(assembled: Path, pairs: Path):
             "report_to": "none",
             "disable_tqdm": True,
         }
+        run.__globals__["draw_preference"] = draw if is_drawn else lambda _: True
         run(build_arguments(settled | options, PreferenceArguments, where="the test"))
         return output_dir
 

@@ -38,6 +38,10 @@ EXAMPLE = """example of a plan:
     - name: sft                           # starts from OUT/align/final
       parts: {image.connector: full, text: {mode: lora, rank: 128, alpha: 256}}
       data: [conversations.jsonl]
+    - name: prefer                        # options of train/rdpo.py; the model before it is the reference
+      program: rdpo
+      parts: {text: {mode: lora, rank: 128, alpha: 256}}
+      data: [preferences.jsonl]
 
   python train/run.py plan.yaml --output_dir OUT --data_root rows --set seed=1 stages.sft.max_steps=100
 

@@ -4,12 +4,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from mllm.data.blobs import read_media_bytes
 from mllm.data.collate import PackingCollator, PaddingCollator, decode_item
-from mllm.data.contrasts import Contrast, changed_data
-from mllm.data.pairs import Pair, names_of_sides
+from mllm.data.contrasts import RETRIEVED, Contrast, changed_data
+from mllm.data.pairs import CONTRAST, Pair, names_of_sides
+from mllm.errors import MediaError
+from mllm.processing.media import MediaInput
 from mllm.processing.questions import questions_of
 from mllm.shapes import Tensor
 
@@ -44,27 +47,16 @@ class PairCollator:
         """Collate. No pairs give two padding tokens with nothing to learn.
 
         Returns:
-            What the collator of the rows gives for all sides, with media once each and `{kind}_places`, the number of
-            the medium at each place of the texts (without `shares_media`, media as often as they stand in texts);
+            What the collator of the rows gives for all sides, with the media of `Pair.shown` and `{kind}_places`, the
+            number of the medium at each place of the texts; or, without `shares_media`, a medium for each place.
             `sources` [pairs]; `reference_log_probs` [pairs, sides] where they are known.
         """
         batch = self._rows.texts([side for pair in examples for side in pair.sides])
-        media: list[Any] = []
-        kinds: list[str] = []  # of the media of the batch
-        places: list[int] = []  # the number of the medium at each place of the texts
-        for row, pair in enumerate(examples):
-            own, start = list(self.media_of(pair, row)), len(media)
-            if self.shares_media:
-                media += own
-                kinds += [shown.item.kind for shown in pair.shown]
-                places += [start + place for side in pair.places for place in side]
-                continue
-            for number, side in enumerate(pair.places):
-                media += [own[place]._replace(row=row * len(pair.sides) + number) for place in side]
+        media = self._shared(examples) if self.shares_media else self._repeated(examples)
         features = self._rows.features
         batch |= features.batch(media) if features is not None else self._rows.processor.encode_media(media)
         if self.shares_media:
-            batch |= _places_by_kind(places, kinds)
+            batch |= _places_by_kind(examples)
         batch |= self._questions(examples)
         batch |= self._rows.processor.text_inputs(batch["input_ids"])
         if self.source_of is not None:
@@ -75,14 +67,48 @@ class PairCollator:
         return batch
 
     def media_of(self, example: Pair, row: int = 0) -> Iterator[Any]:
-        """A pair's media, each once, as they are asked for: decoded and changed, or as features."""
+        """A pair's media, as `Pair.shown` lists them, as they are asked for: decoded and changed, or as features.
+
+        Those that stand in a side together are of one row of the processor's.
+
+        Raises:
+            MediaError: One is damaged, or what a retrieved picture shows is the pair's own.
+        """
         if self._rows.features is not None:
-            yield from self._rows.features.of(example)  # type: ignore[arg-type]
+            yield from self._rows.features.of(example)
             return
-        for shown in example.shown:
-            source = read_media_bytes(shown.item)
-            decoded = decode_item(shown.item, source, self._rows.processor, row=row, where=example.row.name)
-            yield decoded._replace(data=changed_data(decoded.data, shown, self.contrast.crop_scale))
+        rows = {place: number for number, side in enumerate(dict.fromkeys(example.places)) for place in side}
+        seen: list[Any] = []
+        for place, shown in enumerate(example.shown):
+            decoded = decode_item(
+                shown.item,
+                read_media_bytes(shown.item),
+                self._rows.processor,
+                row=row + rows[place],
+                where=example.row.name,
+            )
+            seen.append(changed_data(decoded.data, shown, self.contrast.crop_scale))
+            if self.contrast.media == RETRIEVED:
+                _check_retrieved(example, names_of_sides(self.contrast).index(CONTRAST), seen)
+            yield MediaInput(decoded.kind, seen[-1], decoded.size, decoded.row)
+
+    def _shared(self, examples: Sequence[Pair]) -> list[Any]:
+        """The media of a batch, those of several sides once."""
+        media: list[Any] = []
+        row = 0
+        for pair in examples:
+            media += self.media_of(pair, row)
+            row += len(set(pair.places))
+        return media
+
+    def _repeated(self, examples: Sequence[Pair]) -> list[Any]:
+        """The media of a batch as often as they stand in texts, each of the row that its side is. Never features."""
+        media = []
+        for number, pair in enumerate(examples):
+            own = list(self.media_of(pair))
+            for row, side in enumerate(pair.places, start=number * len(pair.sides)):
+                media += [MediaInput(own[place].kind, own[place].data, own[place].size, row) for place in side]
+        return media
 
     def _questions(self, examples: Sequence[Pair]) -> Mapping[str, Tensor]:
         """What each medium of the batch is asked about: all sides ask the same."""
@@ -103,13 +129,39 @@ class PairCollator:
         return self._rows.processor.encode_questions(asked)
 
 
-def _places_by_kind(places: Sequence[int], kinds: Sequence[str]) -> dict[str, Tensor]:
-    """For each kind, which of the media of that kind stands at each place of the texts."""
-    numbers, counts = [], Counter[str]()
-    for kind in kinds:
-        numbers.append(counts[kind])
-        counts[kind] += 1
+def _places_by_kind(examples: Sequence[Pair]) -> dict[str, Tensor]:
+    """For each kind, which of the batch's media of that kind stands at each place of the texts."""
+    counts = Counter[str]()
     found: dict[str, list[int]] = {}
-    for place in places:
-        found.setdefault(kinds[place], []).append(numbers[place])
+    for pair in examples:
+        numbers = []  # of the pair's media, each among those of its kind
+        for shown in pair.shown:
+            numbers.append(counts[shown.item.kind])
+            counts[shown.item.kind] += 1
+        for place in (place for side in pair.places for place in side):
+            found.setdefault(pair.shown[place].item.kind, []).append(numbers[place])
     return {f"{kind}_places": torch.tensor(items) for kind, items in found.items()}
+
+
+def _check_retrieved(pair: Pair, side: int, seen: Sequence[Any]) -> None:
+    """Raise a MediaError once all that is contrasted has been decoded, if it is what the chosen answer is read under.
+
+    Two files may hold one picture, and the loss would then compare an answer with itself.
+    """
+    chosen, contrast = pair.places[0], pair.places[side]
+    if len(seen) - 1 != max(contrast) or not all(
+        _is_same(seen[one], seen[other]) for one, other in zip(chosen, contrast, strict=True)
+    ):
+        return
+    raise MediaError(
+        f"{pair.row.name}: the retrieved image, {pair.shown[contrast[0]].item.path}, shows what the row's own shows",
+        expected="another picture: under the same one the answer cannot be worse",
+        do="drop the row, or retrieve again",
+    )
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two images, sounds or videos are the same, as they were decoded."""
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(_is_same, one, other))
+    return np.array_equal(np.asarray(one), np.asarray(other))

@@ -269,7 +269,7 @@ def _preference(row: Row) -> RowError:
     return RowError(
         f"{row.name}: a preference, with a chosen and a rejected answer",
         expected="a conversation with one answer, for supervised fine-tuning",
-        do="train on it with a preference method, or name other data",
+        do="train on it with train/rdpo.py, or name other data",
     )
 
 

@@ -29,8 +29,8 @@ class Pair:
     Args:
         row: The row.
         sides: Its conversations, in the order of `names_of_sides`; only the last answer of each is supervised.
-        shown: All media of the sides, each once.
-        places: For each side, which of `shown` stand in it, in order.
+        shown: All media of the sides; sides that show the same media share them.
+        places: For each side, which of `shown` stand in it, in order: the same ones, or others altogether.
         position: Of the row in its mixture; -1 where it is of none.
     """
 
@@ -47,7 +47,7 @@ class Pair:
 
     @property
     def media_items(self) -> tuple[MediaItem, ...]:
-        """The media that a batch with this pair holds, each once."""
+        """The media that a batch with this pair holds, those of several sides once."""
         return tuple(shown.item for shown in self.shown)
 
 
@@ -61,6 +61,15 @@ def names_of_sides(contrast: Contrast) -> tuple[str, ...]:
     return tuple(names)
 
 
+def media_of_sides(row: PreferenceRow, contrast: Contrast) -> dict[str, tuple[Shown, ...]]:
+    """What each side shows, by its name.
+
+    Raises:
+        RowError: The row lacks what it is to be contrasted with.
+    """
+    return {name: shown_by(row, name, contrast) for name in names_of_sides(contrast)}
+
+
 def encode_pair(row: PreferenceRow, processor: TrainingProcessor, contrast: Contrast) -> Pair:
     """Encode every side; no file is opened.
 
@@ -68,17 +77,21 @@ def encode_pair(row: PreferenceRow, processor: TrainingProcessor, contrast: Cont
         CroppedAwayError: A box marks what the encoder does not see.
         RowError: The row is malformed, has nothing to prefer, or lacks what it is to be contrasted with.
     """
-    media = {name: shown_by(row, name, contrast) for name in names_of_sides(contrast)}
+    media = media_of_sides(row, contrast)
     moved = move_row(row, processor.image_geometry)
     assert isinstance(moved, PreferenceRow)
     _check_answers(moved, media[CHOSEN], media[REJECTED])
-    known: dict[Shown, int] = {}
-    sides, places = [], []
-    for name, shown in media.items():
+    # Shared by sides, not by items: some models see a picture differently beside another one.
+    places: dict[tuple[Shown, ...], tuple[int, ...]] = {}
+    sides: list[Example] = []
+    shown: tuple[Shown, ...] = ()
+    for name, of_side in media.items():
         answer = moved.rejected if name.startswith(REJECTED) else moved.chosen
-        sides.append(_encode_side(moved, answer, shown, processor))
-        places.append(tuple(known.setdefault(one, len(known)) for one in shown))
-    return Pair(row, tuple(sides), tuple(known), tuple(places))
+        sides.append(_encode_side(moved, answer, of_side, processor))
+        if of_side not in places:
+            places[of_side] = tuple(range(len(shown), len(shown) + len(of_side)))
+            shown += of_side
+    return Pair(row, tuple(sides), shown, tuple(places[of_side] for of_side in media.values()))
 
 
 def pair_of(
@@ -97,8 +110,8 @@ def pair_of(
     if not isinstance(row, PreferenceRow):
         return LeftOut(position, BAD, error=_no_preference(row), is_error=True)
     try:
-        media = [one.item for name in names_of_sides(contrast) for one in shown_by(row, name, contrast)]
-        if reason := unusable(row, media, processor):
+        media = media_of_sides(row, contrast)
+        if reason := unusable(row, [one.item for side in media.values() for one in side], processor):
             return LeftOut(position, reason)
         pair = encode_pair(row, processor, contrast)
     except CroppedAwayError:
@@ -127,11 +140,16 @@ class Pairs(Examples):
             self.lengths = self.lengths * len(names_of_sides(contrast))
 
     def media_of(self, position: int) -> tuple[MediaItem, ...]:
-        """The media that a batch with the row at this position of the mixture holds, each once."""
+        """The media that a batch with the row at this position of the mixture holds, see `Pair.media_items`.
+
+        None of a row that turns out to be no pair, and will be left out when it is due.
+        """
         row = self.rows[position]
-        assert isinstance(row, PreferenceRow)
-        shown = [one for name in names_of_sides(self.contrast) for one in shown_by(row, name, self.contrast)]
-        return tuple(one.item for one in dict.fromkeys(shown))
+        try:
+            sides = media_of_sides(row, self.contrast).values() if isinstance(row, PreferenceRow) else ()
+        except RowError:
+            return ()
+        return tuple(one.item for side in dict.fromkeys(sides) for one in side)
 
     def _example(self, position: int) -> Pair | LeftOut:
         return pair_of(

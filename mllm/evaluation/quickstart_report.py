@@ -25,8 +25,8 @@ MEDIA_THRESHOLDS = {
     "tones_accuracy": 0.90,
     "match_accuracy": 0.60,
 }
-"""And, of a quickstart with videos and sounds, on unseen ones. Whether there are as many beeps as digits is hard for so
-small a model: it has to know more than chance, by more than three standard errors of 300 answers."""
+"""And, of a quickstart with videos and sounds, on unseen ones. Whether there are as many beeps as digits is hard for a
+model so small: it has to know more than chance, by more than three standard errors of 300 answers."""
 COPIED = ("max_abs_diff", "same_tokens", "num_probes", "num_parameters")
 
 

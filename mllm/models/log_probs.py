@@ -5,6 +5,7 @@ a loss makes of the log-probabilities is known only when all of them are, so the
 the model's width, and weighed on the way back. Only where the head itself is trained are its logits computed again.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -79,66 +80,92 @@ class _TokenLogProbs(torch.autograd.Function):
         extras: LogitExtras,
         has_graph: bool,
     ) -> Float[Tensor, " S"]:
-        wants_hidden, wants_weight = (*ctx.needs_input_grad[:2],) if has_graph else (False, False)
+        wants_hidden, *wants_head = ctx.needs_input_grad[:3] if has_graph else (False,) * 3
         gradient = torch.empty_like(hidden) if wants_hidden else None
-        losses = torch.empty(len(hidden), dtype=_exact(weight), device=hidden.device)
-        targets = targets.clone() if own is not None else targets
-        for chunk, logits, matrix in _chunks_of_logits(hidden, weight, bias):
-            if own is not None:
-                targets[chunk] = torch.where(own[chunk], _likeliest_other(logits, targets[chunk]), targets[chunk])
-            losses[chunk] = cross_entropy_(logits, targets[chunk], None, extras, has_grad=wants_hidden)
-            if gradient is not None:
-                gradient[chunk] = logits.to(matrix.dtype) @ matrix
-        ctx.extras, ctx.wants_weight = extras, wants_weight
-        ctx.save_for_backward(gradient, targets, *((hidden, weight, bias) if wants_weight else ()))
+        head = _Head(weight, bias)
+        losses = torch.empty(len(hidden), dtype=head.exact, device=hidden.device)
+        with _no_autocast(hidden):
+            for chunk in head.chunks(hidden):
+                logits = head.logits(hidden[chunk])
+                if own is not None:
+                    targets[chunk] = torch.where(own[chunk], _likeliest_other(logits, targets[chunk]), targets[chunk])
+                losses[chunk] = cross_entropy_(logits, targets[chunk], None, extras, has_grad=wants_hidden)
+                if gradient is not None:
+                    gradient[chunk] = logits.to(head.dtype) @ head.matrix
+        ctx.extras, ctx.dtype, ctx.wants_head = extras, head.dtype, any(wants_head)
+        ctx.save_for_backward(gradient, targets, *((hidden, weight, bias) if ctx.wants_head else ()))
         return -losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Float[Tensor, " S"]) -> tuple[Tensor | None, ...]:
         # The kept gradients are those of losses, which are negative log-probabilities.
-        gradient, targets, *(hidden, weight, bias) = (*ctx.saved_tensors, None, None, None)[:5]
+        gradient, targets, *inputs = ctx.saved_tensors
         of_hidden = None if gradient is None else gradient * -grad.unsqueeze(-1).to(gradient.dtype)
-        of_weight = of_bias = None
-        if ctx.wants_weight:
-            of_weight, of_bias = _head_gradients(hidden, weight, bias, targets, -grad, ctx.extras)
-        return of_hidden, of_weight, of_bias, None, None, None, None
+        if not ctx.wants_head:
+            return (of_hidden, *(None,) * 6)
+        hidden, weight, bias = inputs
+        head = _Head(weight, bias, ctx.dtype)
+        of_weight, of_bias = _head_gradients(head, hidden, targets, -grad, ctx.extras)
+        of_bias = None if of_bias is None else of_bias.to(bias.dtype)
+        return (of_hidden, of_weight.to(weight.dtype), of_bias, *(None,) * 4)
+
+
+class _Head:
+    """A head in the type that it multiplies in.
+
+    Args:
+        weight: Its matrix.
+        bias: Its bias, if it has one.
+        dtype: The type. On the way back autocast is off, and cannot be asked any more.
+    """
+
+    def __init__(
+        self,
+        weight: Float[Tensor, "vocabulary D"],
+        bias: Float[Tensor, " vocabulary"] | None,
+        dtype: torch.dtype | None = None,
+    ):
+        self.dtype = dtype or compute_dtype(weight)
+        self.exact = torch.promote_types(self.dtype, torch.float32)
+        self.matrix = weight.to(self.dtype)
+        self.bias = None if bias is None else bias.to(self.dtype)
+
+    def chunks(self, hidden: Float[Tensor, "S D"]) -> Iterator[slice]:
+        """The rows that are looked at together."""
+        rows = chunk_rows(self.matrix, self.exact)
+        return (slice(start, start + rows) for start in range(0, len(hidden), rows))
+
+    def logits(self, hidden: Float[Tensor, "rows D"]) -> Float[Tensor, "rows vocabulary"]:
+        """Of a chunk, to be overwritten."""
+        return functional.linear(hidden.to(self.dtype), self.matrix, self.bias).to(self.exact)
 
 
 def _head_gradients(
+    head: _Head,
     hidden: Float[Tensor, "S D"],
-    weight: Float[Tensor, "vocabulary D"],
-    bias: Float[Tensor, " vocabulary"] | None,
     targets: Int[Tensor, " S"],
     factors: Float[Tensor, " S"],
     extras: LogitExtras,
-) -> tuple[Tensor, Tensor | None]:
-    of_weight = torch.zeros_like(weight, dtype=_exact(weight))
-    of_bias = None if bias is None else torch.zeros_like(bias, dtype=_exact(weight))
-    for chunk, logits, matrix in _chunks_of_logits(hidden, weight, bias):
-        cross_entropy_(logits, targets[chunk], factors[chunk], extras, has_grad=True)
-        of_weight += logits.to(matrix.dtype).T @ hidden[chunk].to(matrix.dtype)
-        if of_bias is not None:
-            of_bias += logits.sum(0)
-    return of_weight.to(weight.dtype), None if of_bias is None or bias is None else of_bias.to(bias.dtype)
+) -> tuple[Float[Tensor, "vocabulary D"], Float[Tensor, " vocabulary"] | None]:
+    """Of weight and bias, summed over chunks in the exact type."""
+    of_weight = torch.zeros_like(head.matrix, dtype=head.exact)
+    of_bias = None if head.bias is None else torch.zeros_like(head.bias, dtype=head.exact)
+    with _no_autocast(hidden):
+        for chunk in head.chunks(hidden):
+            logits = head.logits(hidden[chunk])
+            cross_entropy_(logits, targets[chunk], factors[chunk], extras, has_grad=True)
+            of_weight += logits.to(head.dtype).T @ hidden[chunk].to(head.dtype)
+            if of_bias is not None:
+                of_bias += logits.sum(0)
+    return of_weight, of_bias
 
 
-def _chunks_of_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-    """Of each chunk its rows, its logits (to be overwritten), and the head's matrix in the type it is used in."""
-    dtype, exact = compute_dtype(weight), _exact(weight)
-    rows = chunk_rows(weight, exact)
-    # By hand: autocast would keep its copy of the weight, made without a graph, for others to find.
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
-        for start in range(0, len(hidden), rows):
-            chunk = slice(start, start + rows)
-            yield chunk, functional.linear(hidden[chunk].to(dtype), matrix, offset).to(exact), matrix
+def _no_autocast(hidden: Tensor) -> torch.autocast:
+    """It would keep its copy of the weight, made without a graph, for others to find: types are settled by hand."""
+    return torch.autocast(hidden.device.type, enabled=False)
 
 
 def _likeliest_other(logits: Float[Tensor, "rows vocabulary"], tokens: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
     first, second = logits.topk(2, dim=-1).indices.unbind(-1)
     return torch.where(first == tokens, second, first)
-
-
-def _exact(weight: Tensor) -> torch.dtype:
-    return torch.promote_types(compute_dtype(weight), torch.float32)

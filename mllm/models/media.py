@@ -1,12 +1,13 @@
 """The media of a batch, as a forward takes them."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from mllm.errors import RowError
 from mllm.models.connectors import Layout, Question
-from mllm.shapes import EncoderFeatures, Float, Int, MediaVectors, Shaped, Tensor
+from mllm.shapes import EncoderFeatures, Float, Int, MediaFeatures, MediaVectors, Shaped, Tensor
 from mllm.sizes import MediaRule
 from mllm.sizes.audio import AudioTokenRule
 from mllm.sizes.video import VideoTokenRule
@@ -98,6 +99,15 @@ def sounding_samples(rule: MediaRule, sizes: MediaSizes | None, *, num_views: in
         return torch.full((num_views,), rule.window)
     items = media_layout(rule, sizes, num_views=num_views).sizes
     return torch.tensor([samples for size in items for samples in rule.samples(size)])
+
+
+def at_places(
+    items: MediaFeatures | Sequence[MediaVectors], places: Int[Tensor, " places"]
+) -> Float[Tensor, "places V D"] | list[MediaVectors]:
+    """The item that stands at each place of the texts, in order; of one tensor without waiting for the device."""
+    if isinstance(items, Tensor):
+        return items[places]
+    return [items[item] for item in places.tolist()]
 
 
 def items_of_rows(items: list[MediaVectors], num_placeholders: list[int]) -> list[list[MediaVectors]]:

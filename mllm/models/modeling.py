@@ -26,6 +26,7 @@ from mllm.models.media import (
     VALUES,
     Media,
     MediaSizes,
+    at_places,
     media_layout,
     select_features,
     sounding_samples,
@@ -334,7 +335,7 @@ class MllmModel(MllmPreTrainedModel):
         connected = {one.modality: self._connect(one, features[one.modality]) for one in media}
         for one in media:
             if one.places is not None:
-                connected[one.modality] = [connected[one.modality][item] for item in one.places.tolist()]
+                connected[one.modality] = at_places(connected[one.modality], one.places)
         return connected
 
     def _connect(self, media: Media, features: EncoderFeatures) -> MediaFeatures | list[MediaVectors]:

@@ -7,7 +7,7 @@ see backbone and head being called as ever.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -22,7 +22,7 @@ from mllm.models.joining import joining_ranks
 from mllm.models.log_probs import supervised_log_probs
 from mllm.models.loss import LogitExtras, supervised_loss
 from mllm.models.modeling import MllmForConditionalGeneration
-from mllm.models.shared_images import images_at
+from mllm.models.shared_images import GRIDS, Connected, images_at
 
 _PLAIN = (
     "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "smolvlm",
@@ -61,8 +61,11 @@ class SupervisedOutput(ModelOutput):
     encoder_features: dict[str, Any] | None = None
 
 
-SHARES_IMAGES = ("llava", "llava_next", "llava_onevision", "internvl", "mistral3", "vipllava", "aya_vision")
-"""Model types whose `get_image_features` gives features by the image, which can be put at several places each."""
+SHARES_IMAGES = ("llava", "llava_next", "llava_onevision", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+"""Model types whose `get_image_features` gives features by the image, which can be put at several places each.
+
+InternVL gives them by the tile, Idefics3 and SmolVLM by the row.
+"""
 
 
 def takes_shared_media(model: torch.nn.Module) -> bool:
@@ -125,13 +128,14 @@ def _forward_of(
         returns_log_probs: bool = False,
         own_tokens: torch.Tensor | None = None,
         image_places: torch.Tensor | None = None,
-        connected_images: Sequence[torch.Tensor] | None = None,
+        connected_images: Connected | None = None,
         **inputs: Any,
     ) -> ModelOutput:
         if labels is None:
             return stock(*args, **inputs)
-        with joining_ranks(self.model, blank, inputs), images_at(self.model, image_places, connected_images) as images:
-            hidden = self.model(*args, **inputs, **images.inputs).last_hidden_state
+        shown = images_at(self.model, places=image_places, grids=inputs.get(GRIDS), connected=connected_images)
+        with joining_ranks(self.model, blank, inputs), shown as images:
+            hidden = self.model(*args, **(inputs | images.inputs)).last_hidden_state
         if hidden.shape[:2] != labels.shape:
             raise RowError(
                 f"{labels.shape[1]} labels for {hidden.shape[1]} positions",

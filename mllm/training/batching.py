@@ -1,21 +1,27 @@
 """How rows become the micro-batches of a run: which share one, and how a batch of them is made."""
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from mllm.data.batch_plan import BatchPlan, LengthPlan, PackedPlan, RandomPlan, row_costs
-from mllm.data.collate import PackingCollator, PaddingCollator
+from mllm.data.collate import Collator, PackingCollator, PaddingCollator
+from mllm.data.collate_pairs import PairCollator
 from mllm.data.examples import Examples
+from mllm.data.pairs import names_of_sides
 from mllm.data.row_lengths import lengths_of_media
 from mllm.errors import RowError
 from mllm.models.parts import summarize_parts
 from mllm.models.segment_attention import isolate_segments
+from mllm.models.supervised import takes_shared_media
 from mllm.processing import TrainingProcessor
 from mllm.training.arguments import SftArguments
+from mllm.training.preference_options import PreferenceArguments
 
 FORWARD, THROUGH, TRAINED = 1, 2, 3
 """What a part costs in passes: a forward; also gradients of what it reads; also those of its weights."""
@@ -39,7 +45,7 @@ def plan_batches(args: SftArguments, examples: Examples, model: PreTrainedModel 
     }  # fmt: skip
     if args.batching == "length":
         return LengthPlan(batch_size=args.per_device_train_batch_size, **shared)
-    _check_lengths(examples, pack_length(args))
+    _check_lengths(examples, args)
     return PackedPlan(pack_length=pack_length(args), num_epochs=lambda steps: epochs_of(args, steps), **shared)
 
 
@@ -48,6 +54,26 @@ def make_collator(
 ) -> PaddingCollator | PackingCollator:
     """What makes batches for training; `kwargs` are the collator's."""
     return (PackingCollator if args.batching == "packed" else PaddingCollator)(processor, **kwargs)
+
+
+def collator_of(
+    args: SftArguments,
+    texts: PaddingCollator | PackingCollator,
+    model: torch.nn.Module,
+    *,
+    reference: Callable[[int], Sequence[float]] | None = None,
+) -> Collator:
+    """What makes batches of what a run is trained on, conversations or pairs, out of what makes them of conversations.
+
+    Args:
+        args: The run's options.
+        texts: Padded or packed.
+        model: Whether it takes a picture once that stands in several conversations.
+        reference: Of preferences: what the reference says of a row, where that is known.
+    """
+    if not isinstance(args, PreferenceArguments):
+        return texts
+    return PairCollator(texts, contrast=args.sides, shares_media=takes_shared_media(model), reference=reference)
 
 
 def prepare_attention(args: SftArguments, model: PreTrainedModel) -> None:
@@ -61,10 +87,16 @@ def prepare_attention(args: SftArguments, model: PreTrainedModel) -> None:
 
 
 def pack_length(args: SftArguments) -> int:
-    """Tokens of a packed micro-batch."""
-    length = args.pack_length or args.max_length
-    assert length is not None, "checked with the options"
-    return length
+    """Tokens of a packed micro-batch: by default the longest row finds room, with all its conversations."""
+    if args.pack_length is not None:
+        return args.pack_length
+    assert args.max_length is not None, "checked with the options"
+    return args.max_length * conversations_of_row(args)
+
+
+def conversations_of_row(args: SftArguments) -> int:
+    """How many conversations a row is trained on as: one, or the sides of a preference."""
+    return len(names_of_sides(args.sides)) if isinstance(args, PreferenceArguments) else 1
 
 
 def epochs_of(args: SftArguments, num_batches: int) -> int:
@@ -90,12 +122,13 @@ def encoder_share(args: SftArguments, model: PreTrainedModel | PeftModel) -> flo
     return spent / max(1, text.parameters * passes)
 
 
-def _check_lengths(examples: Examples, length: int) -> None:
-    longest = int(examples.lengths.argmax())
-    if examples.lengths[longest] > length:
+def _check_lengths(examples: Examples, args: SftArguments) -> None:
+    longest, several = int(examples.lengths.argmax()), conversations_of_row(args)
+    if examples.lengths[longest] > pack_length(args):
         row = examples.rows[int(examples.used[longest])]
+        rest = "it" if several == 1 else f"a share of it: each of a row's {several} conversations may be so long"
         raise RowError(
-            f"{row.name} has {examples.lengths[longest]} tokens, and pack_length is {length}",
+            f"{row.name} has {examples.lengths[longest]} tokens, and pack_length is {pack_length(args)}",
             expected="rows that find room in a pack",
-            do="raise `pack_length`, or lower `max_length` to it, so that longer rows are dropped",
+            do=f"raise `pack_length`, or lower `max_length` to {rest}, so that longer rows are dropped",
         )

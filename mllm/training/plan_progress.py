@@ -137,8 +137,9 @@ class PlanProgress:
         if stage.name not in self.inputs and is_there(stage.model):
             self.inputs[stage.name] = hash_files(stage.model)
         typed = json.loads(json.dumps(resolved_options(stage.arguments)))
+        options = {name: typed[name] for name in sorted({*stage.given, "parts", "mixture"}) if name in typed}
         return {
-            "options": {name: typed[name] for name in sorted({*stage.given, "parts", "mixture"}) if name in typed},
+            "options": options if stage.program == "sft" else options | {"program": stage.program},
             "data": [{key: file[key] for key in DATA_IDENTITY} for file in stage.data],
             "files": [file["path"] for file in stage.data],
             "input": self.inputs.get(stage.name),

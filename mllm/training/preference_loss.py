@@ -8,12 +8,13 @@ Every term compares two sides of a pair, each by how much likelier the policy ma
     anchor              the chosen answer against nothing: it must not become less likely        (mDPO)
 
 Sources: DPO (arXiv 2305.18290), mDPO (2406.11839), Re-Align's rDPO (2502.13146), V-DPO (2411.02712), MPO (2411.10442);
-the text terms as TRL's `DPOConfig.loss_type` has them, by its names. Our `rdpo` is not TRL's `robust` loss, which its
-paper (2403.00409) calls rDPO, too: that one is the text term "robust" here.
+the text terms by the names and formulas of `DPOConfig.loss_type` in TRL 1.16. Our `rdpo` is not TRL's `robust`, which
+its paper (2403.00409) calls rDPO, too: that one is the text term "robust" here.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -52,8 +53,8 @@ class LossOptions:
         text: Text terms by name, see `TEXT_LOSSES`, with their weights.
         visual_weight: Of the visual preference; 0 for none.
         anchor_weight: Of the anchor; 0 for none.
-        label_smoothing: Of "sigmoid" and "robust": how likely a preference is the wrong way round.
-        guidance: Of V-DPO: how much of what an answer owes to the picture counts once more; 0 for none.
+        label_smoothing: Of "robust": how likely a preference is the wrong way round.
+        guidance: Of V-DPO, in the text terms: how often what an answer owes to the picture counts once more.
     """
 
     beta: float = 0.1
@@ -93,9 +94,9 @@ def preference_loss(
         lengths: Supervised tokens of each side.
         options: What is compared.
     """
-    guided = {side: _guided(policy, side, options.guidance) for side in ("chosen", "rejected")}
-    delta = {side: guided.get(side, policy[side]) - reference[side] for side in policy if not side.endswith("_unseen")}
-    sides = TextSides(delta["chosen"], delta["rejected"], policy["chosen"], lengths["chosen"], lengths["rejected"])
+    delta = {side: policy[side] - reference[side] for side in policy if not side.endswith("_unseen")}
+    chosen, rejected = (_guided(delta[side], policy, side, options.guidance) for side in ("chosen", "rejected"))
+    sides = TextSides(chosen, rejected, policy["chosen"], lengths["chosen"], lengths["rejected"])
     terms = {name: weight * TEXT_LOSSES[name](sides, options) for name, weight in options.text}
     if options.visual_weight:
         terms["visual"] = options.visual_weight * -logsigmoid(options.beta * (delta["chosen"] - delta["contrast"]))
@@ -105,16 +106,15 @@ def preference_loss(
     return PreferenceLoss(sum(terms.values(), torch.zeros_like(delta["chosen"])), terms, rewards)
 
 
-def _guided(policy: Mapping[str, PerPair], side: str, guidance: float) -> PerPair:
-    """V-DPO: what an answer owes to the picture counts once more, `guidance` times."""
+def _guided(delta: PerPair, policy: Mapping[str, PerPair], side: str, guidance: float) -> PerPair:
+    """V-DPO: what the policy's answer owes to the picture counts once more; the reference stays as it is."""
     if not guidance:
-        return policy[side]
-    return (1 + guidance) * policy[side] - guidance * policy[f"{side}_unseen"].detach()
+        return delta
+    return delta + guidance * (policy[side] - policy[f"{side}_unseen"].detach())
 
 
 def _sigmoid(sides: TextSides, options: LossOptions) -> PerPair:
-    margin, smoothing = options.beta * (sides.chosen - sides.rejected), options.label_smoothing
-    return -logsigmoid(margin) * (1 - smoothing) - logsigmoid(-margin) * smoothing
+    return -logsigmoid(options.beta * (sides.chosen - sides.rejected))
 
 
 def _hinge(sides: TextSides, options: LossOptions) -> PerPair:
@@ -122,8 +122,8 @@ def _hinge(sides: TextSides, options: LossOptions) -> PerPair:
 
 
 def _ipo(sides: TextSides, options: LossOptions) -> PerPair:
-    """By the token, as its authors ask; `beta` is their tau."""
-    margin = sides.chosen / sides.chosen_lengths - sides.rejected / sides.rejected_lengths
+    """By the token, as its authors have it (arXiv 2310.12036); `beta` is their tau."""
+    margin = sides.chosen / sides.chosen_lengths.clamp(min=1) - sides.rejected / sides.rejected_lengths.clamp(min=1)
     return (margin - 1 / (2 * options.beta)) ** 2
 
 
@@ -138,14 +138,20 @@ def _apo_zero(sides: TextSides, options: LossOptions) -> PerPair:
 
 
 def _bco_pair(sides: TextSides, options: LossOptions) -> PerPair:
-    chosen, rejected = options.beta * sides.chosen, options.beta * sides.rejected
-    shift = torch.cat([chosen, rejected]).mean().detach()
-    return -logsigmoid(chosen - shift) - logsigmoid(shift - rejected)
+    """Without the moving mean of rewards that BCO (arXiv 2404.04656) takes off them, as TRL has it.
+
+    So the loss of a pair is its own, however a step is cut into micro-batches.
+    """
+    return -logsigmoid(options.beta * sides.chosen) - logsigmoid(-options.beta * sides.rejected)
 
 
 def _sft(sides: TextSides, options: LossOptions) -> PerPair:
-    """The chosen answer's mean loss by the token."""
-    return -sides.chosen_log_probs / sides.chosen_lengths
+    """The chosen answer's mean loss by the token, as MPO has it.
+
+    TRL takes the mean over the tokens of all answers of a micro-batch: the same of one pair, or of answers of one
+    length; else a long answer counts more there, and the more the larger the micro-batch is.
+    """
+    return -sides.chosen_log_probs / sides.chosen_lengths.clamp(min=1)
 
 
 TEXT_LOSSES: dict[str, Callable[[TextSides, LossOptions], PerPair]] = {
@@ -167,7 +173,7 @@ def text_terms(names: object, weights: object) -> tuple[tuple[str, float], ...]:
         OptionError: An unknown name, one named twice, or weights that are none.
     """
     listed = [names] if isinstance(names, str) else list(names) if isinstance(names, list | tuple) else [names]
-    unknown = [name for name in listed if name not in TEXT_LOSSES]
+    unknown = [name for name in listed if not isinstance(name, str) or name not in TEXT_LOSSES]
     if unknown or not listed or len(set(listed)) < len(listed):
         raise OptionError(
             f"loss_type = {names!r}",
@@ -178,7 +184,7 @@ def text_terms(names: object, weights: object) -> tuple[tuple[str, float], ...]:
     if (
         not isinstance(factors, list | tuple)
         or len(factors) != len(listed)
-        or not all(isinstance(one, int | float) and not isinstance(one, bool) and one >= 0 for one in factors)
+        or not all(isinstance(one, int | float) and not isinstance(one, bool) and 0 <= one < inf for one in factors)
     ):
         raise OptionError(
             f"loss_weights = {weights!r} for loss_type = {names!r}",

@@ -5,8 +5,11 @@ from collections.abc import Mapping
 import torch
 from accelerate.utils import gather_object
 
-from mllm.shapes import Float, Int, Tensor
-from mllm.training.preference_loss import PreferenceLoss
+from mllm.shapes import Int, Tensor
+from mllm.training.preference_loss import PerPair, PreferenceLoss
+
+PREFERENCES = {"text": "rejected", "visual": "contrast"}
+"""What the chosen answer is compared with in each."""
 
 
 class PreferenceMeter:
@@ -19,31 +22,29 @@ class PreferenceMeter:
     def add(
         self,
         found: PreferenceLoss,
-        policy: Mapping[str, Float[Tensor, " P"]],
-        reference: Mapping[str, Float[Tensor, " P"]],
+        policy: Mapping[str, PerPair],
+        reference: Mapping[str, PerPair],
         lengths: Mapping[str, Int[Tensor, " P"]],
     ) -> None:
         """Take the pairs of a micro-batch: their losses, and the log-probabilities of their sides."""
         self._count += len(found.losses)
-        self._sum({f"loss_terms/{name}": values.detach() for name, values in found.terms.items()})
         rewards = found.rewards
+        self._sum({f"loss_terms/{name}": values for name, values in found.terms.items()})
         self._sum({f"rewards/{side}": values for side, values in rewards.items()})
-        for name, other in (("text", "rejected"), ("visual", "contrast")):
+        for name, other in PREFERENCES.items():
             if other in rewards:
                 margin = rewards["chosen"] - rewards[other]
                 self._sum({f"margins/{name}": margin, f"accuracies/{name}": (margin > 0).to(margin)})
-        self._sum({f"log_probs/{side}": values.detach() for side, values in policy.items()})
-        per_token = (reference["chosen"] - policy["chosen"].detach()) / lengths["chosen"].clamp(min=1)
-        self._sum({"kl": per_token.exp() - 1 - per_token})
+        self._sum({f"log_probs/{side}": values for side, values in policy.items()})
+        self._sum({"kl": kl_by_token(policy["chosen"], reference["chosen"], lengths["chosen"])})
 
     def read(self) -> dict[str, float]:
         """The means over all pairs that any rank has seen since this was last read; all ranks ask together.
 
         Returns:
             "loss_terms/NAME", "rewards/SIDE", "log_probs/SIDE", "margins/text" and "accuracies/text" (chosen against
-            rejected), "margins/visual" and "accuracies/visual" (the picture against its contrast), "kl": how far the
-            policy is from the reference, estimated on the chosen answers (Schulman's k3, of the mean by the token).
-            Nothing where nothing was seen.
+            rejected), "margins/visual" and "accuracies/visual" (the picture against its contrast), "kl", see
+            `kl_by_token`. Nothing where nothing was seen.
         """
         own = {name: float(value) for name, value in self._sums.items()}
         ranks = gather_object([(own, self._count)])
@@ -54,7 +55,22 @@ class PreferenceMeter:
         names = list(dict.fromkeys(name for sums, _ in ranks for name in sums))
         return {name: sum(sums.get(name, 0.0) for sums, _ in ranks) / pairs for name in names}
 
-    def _sum(self, values: Mapping[str, Float[Tensor, " P"]]) -> None:
+    def _sum(self, values: Mapping[str, PerPair]) -> None:
         for name, of_pairs in values.items():
-            exact = of_pairs if of_pairs.device.type == "mps" else of_pairs.double()
+            exact = _exact(of_pairs)
             self._sums[name] = self._sums.get(name, torch.zeros((), device=exact.device)) + exact.sum()
+
+
+def kl_by_token(policy: PerPair, reference: PerPair, lengths: Int[Tensor, " P"]) -> PerPair:
+    """How far the policy is from the reference on each answer, by the token: 0 where both say the same, else more.
+
+    Schulman's k3 of the answer's mean log-ratio. An estimate of the divergence it is only as far as the policy would
+    give such answers itself; what it is good for is to see the policy drift.
+    """
+    log_ratio = (_exact(reference) - _exact(policy)) / lengths.clamp(min=1)
+    return log_ratio.exp() - 1 - log_ratio
+
+
+def _exact(values: PerPair) -> PerPair:
+    """Without a graph, and in float64 where the device knows it."""
+    return values.detach() if values.device.type == "mps" else values.detach().double()

@@ -1,5 +1,6 @@
 """The options of preference training: those of supervised fine-tuning, and what is preferred to what."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,6 +16,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "vdpo": {"contrast": NONE, "visual_weight": 0.0, "anchor_weight": 0.0, "guidance": 0.5},
 }
 """What each method compares. Any of it can be set by itself, too."""
+
+CROP_SCALE = [0.01, 0.2]
+"""mDPO's."""
+
+LIMITS = {"beta": (0.0, math.inf, "above 0"), "label_smoothing": (None, 0.5, "from 0 to below 0.5")}
+"""Of numbers that are more than 0 or more: what they must not be, what they are below, and that in words."""
 
 PREFERENCE = (
     "preset", "beta", "loss_type", "loss_weights", "label_smoothing", "contrast", "crop_scale", "visual_weight",
@@ -69,14 +76,14 @@ class PreferenceArguments(SftArguments):
         default=None, metadata={"help": "A weight for each of `loss_type` (MPO: [0.8, 0.2, 1])."}
     )
     label_smoothing: float = field(
-        default=0.0, metadata={"help": "Of sigmoid and robust: how often a preference is the wrong way round."}
+        default=0.0, metadata={"help": "Of robust: how often a preference is the wrong way round."}
     )
     contrast: str | None = field(
         default=None,
         metadata={"help": "What the picture is preferred to: none, retrieved, crop or blank; null for the preset's."},
     )
     crop_scale: Any = field(
-        default_factory=lambda: [0.01, 0.2], metadata={"help": "Of crop: least and largest share of the area."}
+        default_factory=CROP_SCALE.copy, metadata={"help": "Of crop: least and largest share of the area."}
     )
     visual_weight: float | None = field(
         default=None, metadata={"help": "Of the visual preference; null for the preset's."}
@@ -139,7 +146,7 @@ class PreferenceArguments(SftArguments):
         """What is compared, and how strongly."""
         return LossOptions(
             beta=self.beta,
-            text=text_terms(self.loss_type or "sigmoid", self.loss_weights),
+            text=text_terms("sigmoid" if self.loss_type is None else self.loss_type, self.loss_weights),
             visual_weight=self.preferred("visual_weight"),
             anchor_weight=self.preferred("anchor_weight"),
             label_smoothing=self.label_smoothing,
@@ -164,26 +171,15 @@ def check_preference(arguments: PreferenceArguments, where: str) -> None:
     Raises:
         OptionError: A value that the option cannot have, or options that contradict each other.
     """
-    text_terms(arguments.loss_type or "sigmoid", arguments.loss_weights)
     for name in ("beta", "label_smoothing", "visual_weight", "anchor_weight", "guidance"):
-        value = getattr(arguments, name)
-        if value is None and name in PRESETS["dpo"]:
-            continue
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if (
-            not is_number
-            or value < 0
-            or (name == "beta" and value == 0)
-            or (name == "label_smoothing" and value >= 0.5)
-        ):
-            limits = {"beta": "above 0", "label_smoothing": "from 0 to below 0.5"}.get(name, "0 or more")
-            raise OptionError(f"{name} = {value!r} in {where}", expected=f"a number, {limits}", do="correct it")
+        _check_number(arguments, name, where)
+    terms = text_terms("sigmoid" if arguments.loss_type is None else arguments.loss_type, arguments.loss_weights)
     for name in ("released_log_probs", "disable_dropout", "precompute_ref_log_probs"):
         if type(getattr(arguments, name)) is not bool:
             raise OptionError(
                 f"{name} = {getattr(arguments, name)!r} in {where}", expected="true or false", do="correct it"
             )
-    _check_crop(arguments.crop_scale, where)
+    _check_smoothing(arguments, where)
     contrast, visual = arguments.preferred("contrast"), arguments.preferred("visual_weight")
     if (contrast == NONE) != (visual == 0):
         raise OptionError(
@@ -191,11 +187,24 @@ def check_preference(arguments: PreferenceArguments, where: str) -> None:
             expected="both, or neither: the picture is preferred to something, with a weight",
             do="set the other one, too, or remove both for the preset's",
         )
+    _check_crop(arguments.crop_scale, where, is_used=contrast == CROP)
+    if not (visual or arguments.preferred("anchor_weight") or any(weight for _, weight in terms)):
+        raise OptionError(
+            f"loss_weights = {arguments.loss_weights!r} in {where}, and no other term",
+            expected="a loss with at least one weight above 0",
+            do="give a loss type a weight, or choose a preset with a visual preference",
+        )
     if arguments.feature_cache is not None and (contrast in (CROP, BLANK) or arguments.preferred("guidance")):
         raise OptionError(
             f"feature_cache in {where}, and pictures that are cropped or blanked for the loss",
             expected="pictures as they lie on disk",
             do="remove `feature_cache`",
+        )
+    if arguments.reference_cache is not None and not arguments.precompute_ref_log_probs:
+        raise OptionError(
+            f"reference_cache = {arguments.reference_cache!r} in {where}, and nothing to keep there",
+            expected="`precompute_ref_log_probs: true` with it",
+            do="set that, too, or remove `reference_cache`",
         )
     if arguments.released_log_probs and arguments.preset != "rdpo":
         raise OptionError(
@@ -203,11 +212,41 @@ def check_preference(arguments: PreferenceArguments, where: str) -> None:
         )
 
 
-def _check_crop(scale: Any, where: str) -> None:
+def _check_number(arguments: PreferenceArguments, name: str, where: str) -> None:
+    """An option is a number within its limits; one that YAML reads as a word, such as 1e-1, becomes it."""
+    value = getattr(arguments, name)
+    if value is None and name in PRESETS["dpo"]:
+        return
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    above, below, limits = LIMITS.get(name, (None, math.inf, "0 or more"))
+    if not 0 <= number < below or number == above:
+        raise OptionError(f"{name} = {value!r} in {where}", expected=f"a number, {limits}", do="correct it")
+    setattr(arguments, name, number)
+
+
+def _check_crop(scale: Any, where: str, *, is_used: bool) -> None:
     numbers = scale if isinstance(scale, list | tuple) and len(scale) == 2 else (0, 0)
     if not all(isinstance(one, int | float) and 0 < one <= 1 for one in numbers) or numbers[0] > numbers[1]:
         raise OptionError(
             f"crop_scale = {scale!r} in {where}",
             expected="two shares above 0, the smaller first",
             do="write, e.g., [0.01, 0.2]",
+        )
+    if not is_used and list(numbers) != CROP_SCALE:
+        raise OptionError(
+            f"crop_scale = {scale!r} in {where}, where nothing is cropped",
+            expected="`contrast: crop`, or the preset mdpo, which has it",
+            do="remove `crop_scale`, or choose the contrast",
+        )
+
+
+def _check_smoothing(arguments: PreferenceArguments, where: str) -> None:
+    if arguments.label_smoothing and "robust" not in dict(arguments.loss.text):
+        raise OptionError(
+            f"label_smoothing = {arguments.label_smoothing} in {where}, and loss_type = {arguments.loss_type!r}",
+            expected="loss_type: robust, which is the only one that uses it",
+            do="set it, or remove `label_smoothing`",
         )

@@ -12,7 +12,9 @@ from typing import Any
 from mllm.data.examples import Examples
 from mllm.data.mixture import Mixture
 from mllm.errors import CheckpointError
+from mllm.load import checkpoint_directory
 from mllm.training.arguments import SftArguments
+from mllm.training.preference_options import PreferenceArguments
 from mllm.training.sharding import describe_sharding
 
 RUN_RECORD = "run.json"
@@ -20,7 +22,7 @@ LIBRARIES = ("torch", "transformers", "peft", "accelerate", "tokenizers")
 OURS = ("assembled", "base", "stage.yaml", "preflight.json", f"{Path(RUN_RECORD).stem}.")
 """What may stand in a run's directory before its record: beginnings of names."""
 
-IDENTITY = ("model", "data", "options", "world_size", "sharding")
+IDENTITY = ("model", "reference", "data", "options", "world_size", "sharding")
 """What has to be equal for a directory to be gone on with."""
 
 DATA_IDENTITY = ("sha256", "rows", "take", "weight")
@@ -50,6 +52,7 @@ def describe_run(args: SftArguments, *, base: Path, rows: Mixture, examples: Exa
     """
     return {
         "model": {"path": str(base), "sha256": hash_files(base)},
+        "reference": _reference(args),
         "data": rows.fingerprints(),
         "rows": {"used": len(examples), "dropped": dict(examples.dropped), "measure": examples.measure},
         "options": resolved_options(args),
@@ -137,10 +140,18 @@ def refuse_foreign_directory(output_dir: Path) -> None:
         )
 
 
+def _reference(args: SftArguments) -> dict[str, Any] | None:
+    """Of a preference run the model that it names as its reference; by default that is the one it starts from."""
+    if not isinstance(args, PreferenceArguments) or args.reference is None:
+        return None
+    path = checkpoint_directory(args.reference)
+    return {"path": str(path), "sha256": hash_files(path)}
+
+
 def _identity(record: dict[str, Any], name: str) -> Any:
     """What has to be equal of a record's entry: files count by content, so that a run may be moved."""
     entry = json.loads(json.dumps(record.get(name)))
-    if name == "model":
+    if name in ("model", "reference"):
         return (entry or {}).get("sha256")
     if name == "data":
         return [[source.get(key) for key in DATA_IDENTITY] for source in entry or []]

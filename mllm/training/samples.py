@@ -10,9 +10,10 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerCallback
 
-from mllm.data.collate import Collator
+from mllm.data.collate import PaddingCollator
 from mllm.data.examples import Example, Examples
 from mllm.data.labels import IGNORED
+from mllm.data.pairs import Pair
 from mllm.errors import MllmError
 from mllm.inference.generation import eval_mode, generation_config, without_end
 from mllm.inference.prompt import Prompt, room_for_answer
@@ -34,7 +35,7 @@ class SampleAnswers(TrainerCallback):
         all_ranks: Whether all ranks have to generate together, as they must where weights are sharded.
     """
 
-    def __init__(self, examples: Examples, collate: Collator, *, every: int, all_ranks: bool):
+    def __init__(self, examples: Examples, collate: PaddingCollator, *, every: int, all_ranks: bool):
         self.examples = examples
         self.collate = collate
         self.every = every
@@ -64,6 +65,8 @@ class SampleAnswers(TrainerCallback):
             number: Which row, counted on from the beginning behind the last.
         """
         example = self.examples[number % len(self.examples)]
+        if isinstance(example, Pair):
+            example = example.sides[0]  # with the chosen answer
         if not isinstance(example, Example) or (cut := last_answer(example)) is None:
             return None
         start, end = cut
@@ -84,11 +87,8 @@ class SampleAnswers(TrainerCallback):
         prompt = Prompt(asked.input_ids.tolist())
         room = room_for_answer(model, prompt, max_new_tokens=LONGEST_ANSWER)
         config = generation_config(model, max_new_tokens=room, temperature=0.0)
-        inputs = {
-            name: value.to(model.device)
-            for name, value in self.collate([asked]).items()
-            if name not in ("labels", "sources")
-        }
+        batch = self.collate([asked])
+        inputs = {name: value.to(model.device) for name, value in batch.items() if name not in ("labels", "sources")}
         with eval_mode(model), torch.no_grad():
             generated = model.generate(**inputs, generation_config=config)
         tokens = generated[0, inputs["input_ids"].shape[1] :].tolist()

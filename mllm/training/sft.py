@@ -16,7 +16,14 @@ class SftTrainer(MllmTrainer):
 
     def loss_of(self, model: torch.nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | None) -> Any:
         """The model's loss."""
-        taken = {name: value for name, value in inputs.items() if name != "sources"}
-        outputs = model(**taken, num_items_in_batch=num_items, use_cache=False)
+        outputs = model(**_without_sources(inputs), num_items_in_batch=num_items, use_cache=False)
         self.source_losses.add(inputs["sources"], outputs.token_losses)
         return outputs.loss, outputs
+
+    def losses_of(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The source and the loss of each supervised token."""
+        return inputs["sources"], model(**_without_sources(inputs), use_cache=False).token_losses
+
+
+def _without_sources(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if name != "sources"}

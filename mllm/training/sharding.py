@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import nn
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
@@ -150,6 +151,29 @@ def whole_models(args: SftArguments) -> Iterator[None]:
     finally:
         plugin = args.deepspeed_plugin
         set_hf_deepspeed_config(plugin.hf_ds_config if args.deepspeed else plugin.dschf)
+
+
+def hold_frozen(model: nn.Module, args: SftArguments, accelerator: Accelerator) -> nn.Module:
+    """A model that is asked beside the one that is trained: in the same precision, and in shards where that is.
+
+    Elsewhere every process holds all of it: without gradients and optimiser it is the smaller of the two.
+    """
+    model.requires_grad_(False).eval()
+    settle_dtype(model, args)
+    if not is_zero3(args):
+        model.to(args.device)  # under FSDP accelerate would leave it where it is
+        return accelerator.prepare_model(model, evaluation_mode=True)
+    import deepspeed
+
+    zero = args.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    config = {
+        "train_micro_batch_size_per_gpu": 1,  # it has to be told one
+        "zero_optimization": {"stage": 3, "offload_param": zero.get("offload_param") or {"device": "none"}},
+        "bf16": {"enabled": args.bf16},
+    }
+    engine = deepspeed.initialize(model=model, config=config)[0]
+    engine.eval()
+    return engine
 
 
 @contextmanager

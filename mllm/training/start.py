@@ -1,15 +1,17 @@
 """What has to be settled before the first step: the launch, the model to start from, the rows."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, set_seed
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.training_args import ParallelMode
+from transformers.utils import CONFIG_NAME
 
 from mllm.assemble import assemble_checkpoint, assembly_options
 from mllm.checkpoints import atomic_directory, is_complete, read_complete
@@ -21,8 +23,8 @@ from mllm.errors import CheckpointError, OptionError
 from mllm.load import ADAPTER_CONFIG, checkpoint_directory, load_model, load_processor, merged
 from mllm.models import MllmForConditionalGeneration
 from mllm.models.parts import apply_modes, checkpoint_parts, quantized_parts
-from mllm.models.supervised import attach_supervised_forward
 from mllm.processing import MllmProcessor, TrainingProcessor
+from mllm.training.architecture import first_difference
 from mllm.training.arguments import SftArguments
 from mllm.training.batching import prepare_attention
 from mllm.training.feature_cache import CachedFeatures, cache_features, check_cacheable
@@ -46,7 +48,7 @@ def check_launch(args: SftArguments) -> None:
         raise OptionError(
             f"{args.n_gpu} visible GPUs and one process",
             expected="one process for each GPU",
-            do="start with `accelerate launch train/sft.py ...`, or set CUDA_VISIBLE_DEVICES to one GPU",
+            do=f"start with `accelerate launch {args.program} ...`, or set CUDA_VISIBLE_DEVICES to one GPU",
         )
 
 
@@ -162,21 +164,65 @@ def reference_model(args: PreferenceArguments, base: Path, model: torch.nn.Modul
     """
     if args.reference is None and isinstance(model, PeftModel):
         return None
-    path = base if args.reference is None else checkpoint_directory(args.reference)
-    reference = merged(load_model(path, dtype=args.dtype))
+    return load_reference(args, base, model)
+
+
+def reference_directory(args: PreferenceArguments, base: Path) -> Path:
+    """Where the reference lies, be it the model that the run starts from.
+
+    Raises:
+        CheckpointError: There is no model at `reference`.
+    """
+    return base if args.reference is None else checkpoint_directory(args.reference)
+
+
+def load_reference(args: PreferenceArguments, base: Path, model: torch.nn.Module) -> PreTrainedModel:
+    """The reference as a model of its own. Under ZeRO-3 it is loaded in shards, outside of `whole_models`.
+
+    Raises:
+        CheckpointError, OptionError: As `reference_model` does.
+    """
+    path = reference_directory(args, base)
+    is_adapter = (path / ADAPTER_CONFIG).is_file()
+    with whole_models(args) if is_adapter else nullcontext():  # shards cannot be merged
+        reference = merged(load_model(path, dtype=args.dtype))
     plain = model.get_base_model() if isinstance(model, PeftModel) else model
-    if type(reference) is not type(plain) or reference.config.get_text_config().vocab_size != (
-        plain.config.get_text_config().vocab_size
-    ):
+    check_architecture(path, reference.config, plain.config)
+    prepare_attention(args, reference)
+    if args.encoder_chunk is not None:
+        _set_encoder_chunk(reference, args.encoder_chunk)
+    return reference
+
+
+def check_reference(args: PreferenceArguments, model: torch.nn.Module) -> None:
+    """Check that the reference that is named is there, and of the model's architecture; it is not loaded.
+
+    Of an adapter that is only known of the model that it belongs to, and told when the run starts.
+
+    Raises:
+        CheckpointError: There is no model.
+        OptionError: It is of another architecture.
+    """
+    if args.reference is None:
+        return
+    path = checkpoint_directory(args.reference)
+    if (path / CONFIG_NAME).is_file():
+        plain = model.get_base_model() if isinstance(model, PeftModel) else model
+        check_architecture(path, AutoConfig.from_pretrained(str(path)), plain.config)
+
+
+def check_architecture(path: Path, reference: PreTrainedConfig, model: PreTrainedConfig) -> None:
+    """Check that a reference reads what the model reads, and as it does.
+
+    Raises:
+        OptionError: It is of another architecture.
+    """
+    if difference := first_difference(reference, model):
         raise OptionError(
-            f"reference = {str(path)!r} is a {type(reference).__name__} with a vocabulary of "
-            f"{reference.config.get_text_config().vocab_size}",
-            expected=f"a {type(plain).__name__} with one of {plain.config.get_text_config().vocab_size}, as the model",
+            f"reference = {str(path)!r} is of another architecture than the model: {difference}",
+            expected="a checkpoint of the same model, trained otherwise",
             do="name the checkpoint that the run starts from, or remove `reference`",
         )
-    prepare_attention(args, reference)
-    attach_supervised_forward(reference)
-    return reference
 
 
 def _set_encoder_chunk(model: PreTrainedModel, items: int) -> None:

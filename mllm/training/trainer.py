@@ -72,7 +72,8 @@ class MllmTrainer(Trainer):
         validation: Examples | None = None,
     ):
         has_ranks_to_join = args.world_size > 1 and isinstance(processor, StockProcessor)
-        attach_supervised_forward(model, blank=blank_media(processor) if has_ranks_to_join else None)
+        self.blank = blank_media(processor) if has_ranks_to_join else None
+        attach_supervised_forward(model, blank=self.blank)
         super().__init__(
             model=model,
             args=args,
@@ -80,7 +81,10 @@ class MllmTrainer(Trainer):
             eval_dataset=validation,
             data_collator=LeavingOut(
                 self.collator(
-                    make_collator(args, processor, source_of=examples.rows.source_number, features=features), model
+                    args,
+                    make_collator(args, processor, source_of=examples.rows.source_number, features=features),
+                    model,
+                    is_training=True,
                 )
             ),
             callbacks=[JsonLog(), Console()],
@@ -110,8 +114,15 @@ class MllmTrainer(Trainer):
         if validation is not None:
             self._add_validation(validation)
 
-    def collator(self, texts: PaddingCollator | PackingCollator, model: torch.nn.Module) -> Collator:
-        """What makes batches of examples, out of what makes batches of conversations."""
+    def collator(
+        self,
+        args: SftArguments,
+        texts: PaddingCollator | PackingCollator,
+        model: torch.nn.Module,
+        *,
+        is_training: bool,
+    ) -> Collator:
+        """What makes batches of examples, of training or validation, out of what makes them of conversations."""
         return texts
 
     def prepare_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -126,11 +137,16 @@ class MllmTrainer(Trainer):
         """The loss of a micro-batch, divided by the items of the whole step, and what the model returned."""
         raise NotImplementedError
 
+    def losses_of(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a micro-batch of validation the source and the loss of each item."""
+        raise NotImplementedError
+
     def _add_validation(self, examples: Examples) -> None:
-        collate = self.collator(PaddingCollator(self.processor, source_of=examples.rows.source_number), self.model)
+        texts = PaddingCollator(self.processor, source_of=examples.rows.source_number)
         self.validation = Validation(
             examples,
-            LeavingOut(collate),
+            LeavingOut(self.collator(self.args, texts, self.model, is_training=False)),
+            unit=self.unit,
             batch_size=self.args.per_device_eval_batch_size,
             rank=self.args.process_index,
             world_size=self.args.world_size,
@@ -139,7 +155,9 @@ class MllmTrainer(Trainer):
         if self.args.eval_sample_steps:
             is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
             every = self.args.eval_sample_steps
-            self.add_callback(SampleAnswers(examples, collate, every=every, all_ranks=is_sharded))
+            self.add_callback(
+                SampleAnswers(examples, PaddingCollator(self.processor), every=every, all_ranks=is_sharded)
+            )
 
     def train_from(self, checkpoint: Path | None) -> None:
         """Train from the beginning, or go on from a checkpoint; behind the last step nothing is left to do."""
@@ -247,11 +265,17 @@ class MllmTrainer(Trainer):
 
     def evaluate(self, *args, **kwargs) -> dict[str, int | float]:
         """Log the loss on the validation rows, in all and by source. transformers calls this when it is time."""
-        found = self.validation.losses(self.model_wrapped, self._prepare_inputs)
-        metrics = {f"eval_{name}": value for name, value in found.items()}
+        metrics = {f"eval_{name}": value for name, value in self.validate().items()}
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def validate(self) -> dict[str, int | float]:
+        """The figures of the validation rows; all ranks come here together."""
+        model = self.model_wrapped
+        return self.validation.losses(
+            model, lambda batch: self.losses_of(model, self._prepare_inputs(self.prepare_batch(batch)))
+        )
 
     def log(self, logs: dict[str, int | float], start_time: float | None = None) -> None:
         """Add the figures to a line about steps; all ranks come here together."""

@@ -1,6 +1,6 @@
-"""The loss on rows that are not trained on: over all tokens of all ranks, and by source."""
+"""The loss on rows that are not trained on: over all tokens (or pairs) of all ranks, and by source."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,8 @@ from mllm.data.collate import LeavingOut
 from mllm.data.examples import Examples
 from mllm.data.left_out import usable_batches
 from mllm.inference.generation import eval_mode
-from mllm.training.source_losses import SourceLosses, source_names, with_token_sources
+from mllm.shapes import Tensor
+from mllm.training.source_losses import SourceLosses, source_names
 
 
 class Validation:
@@ -21,6 +22,7 @@ class Validation:
     Args:
         examples: The rows.
         collate: Makes padded batches of them, with `sources`.
+        unit: What the loss is a mean over, as the log names it.
         batch_size: Rows of a micro-batch.
         rank: This process.
         world_size: All processes. Each gets equally many micro-batches, of which the last may be empty.
@@ -32,12 +34,14 @@ class Validation:
         examples: Examples,
         collate: LeavingOut,
         *,
+        unit: str,
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
     ):
         self.examples = examples
+        self.unit = unit
         self.names = source_names(index.source for index in examples.rows.indexes)
         # Rows of like length share a batch, the longest come first: what does not fit into memory is found at once.
         longest_first = np.argsort(-examples.lengths, kind="stable")
@@ -52,21 +56,19 @@ class Validation:
         )
 
     def losses(
-        self, model: torch.nn.Module, prepare: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+        self, model: torch.nn.Module, losses_of: Callable[[dict[str, Any]], tuple[Tensor, Tensor]]
     ) -> dict[str, int | float]:
-        """The sum of all tokens' losses divided by their number, over all ranks, which come here together.
+        """The sum of all items' losses divided by their number, over all ranks, which come here together.
 
         Args:
-            model: With a forward that gives `token_losses`; as it is wrapped for several ranks.
-            prepare: Brings a batch to the model's device.
+            model: As it is wrapped for several ranks.
+            losses_of: Of a micro-batch, as it was collated, the source and the loss of each item.
 
         Returns:
             As `SourceLosses.read` does.
         """
-        found = SourceLosses(self.names)
+        found = SourceLosses(self.names, unit=self.unit)
         with eval_mode(model), torch.no_grad():
             for batch in usable_batches(self._loader, self.examples.account.add):
-                inputs = {**prepare(with_token_sources(batch))}
-                sources = inputs.pop("sources")
-                found.add(sources, model(**inputs, use_cache=False).token_losses)
+                found.add(*losses_of(batch))
         return {name: value for name, value in found.read().items() if name != "empty_micro_batches"}

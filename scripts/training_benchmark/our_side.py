@@ -15,12 +15,13 @@ import yaml
 
 from mllm import load_processor
 from mllm.data import collate
+from mllm.training import programs
 from training_benchmark.process import ROOT, cuda_peak_mib, memory_mib, start_counting_memory
 from training_benchmark.shares import time_parts, timed
 
 STEPS = {"read_rows": "prepare", "encode_rows": "prepare", "trainable_model": "load", "encode_media": "cache"}
-"""Functions that `train/sft.py` calls before it trains, and what their time counts as. What is done about the rows
-counts as on TRL's side, where its trainer's constructor does the like."""
+"""Functions that run before `train/sft.py` trains, by their names in `mllm.training.programs`, and what their time
+counts as. What is done about the rows counts as on TRL's side, where its trainer's constructor does the like."""
 
 
 def run(spec: dict[str, Any]) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     before = start_counting_memory()
     clock: dict[str, float] = defaultdict(float)
     for name, step in STEPS.items():
-        setattr(program, name, timed(getattr(program, name), clock, step))
+        setattr(programs, name, timed(getattr(programs, name), clock, step))
     found: dict[str, Any] = {}
     program.SftTrainer.train_from = watched(program.SftTrainer.train_from, spec, found)
     program.SftTrainer.save_final = lambda trainer: Path(spec["scratch"])  # TRL's side saves nothing either
@@ -56,10 +57,10 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def load_program() -> ModuleType:
-    """`train/sft.py` as a module, with all that it imports."""
-    path = ROOT / "train" / "sft.py"
-    found = importlib.util.spec_from_file_location("sft_program", path)
+def load_program(name: str = "sft") -> ModuleType:
+    """A program in `train/` as a module, with all that it imports."""
+    path = ROOT / "train" / f"{name}.py"
+    found = importlib.util.spec_from_file_location(f"{name}_program", path)
     program = importlib.util.module_from_spec(found)
     found.loader.exec_module(program)
     return program
@@ -135,8 +136,8 @@ def encoded_rows(
     config = Path(spec["scratch"], "config.yaml")
     config.write_text(yaml.safe_dump(options(spec)), encoding="utf-8")
     args = program.parse_arguments(["--config", str(config)])
-    rows = program.read_rows(args, progress=lambda *_: lambda *_: None)
-    examples = program.encode_rows(rows, args, load_processor(spec["model"]), progress=lambda *_: lambda *_: None)
+    rows = programs.read_rows(args, progress=lambda *_: lambda *_: None)
+    examples = programs.encode_rows(rows, args, load_processor(spec["model"]), progress=lambda *_: lambda *_: None)
     encoded = [examples[place] for place in range(len(examples))]
     pairs = [(example.input_ids.tolist(), example.labels.tolist()) for example in encoded]
     facts = [(example.row.source, len(example.row.media)) for example in encoded]

@@ -19,7 +19,10 @@ import torch
 
 from mllm.errors import MllmError
 
-SAID = ("side", "mode", "batching", "pack_length", "batch_rows", "workers", "sampling", "num_rows", "feature_cache")
+SAID = (
+    "side", "preset", "precomputed", "mode", "batching", "pack_length", "batch_rows", "workers", "sampling",
+    "num_rows", "feature_cache",
+)  # fmt: skip
 UNSAID = ("order", "lengths", "model", "rows")
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "pillow")

@@ -113,6 +113,15 @@ def test_scales_and_caps_equal_those_of_the_class(family, config):
     _assert_equals_its_class(_other(family, config), _text_batch())
 
 
+@pytest.mark.parametrize(("family", "config"), OTHERS, ids=[family for family, _ in OTHERS])
+def test_log_probs_are_scaled_and_capped_as_those_of_the_class(family, config):
+    model, batch = _other(family, config), _text_batch()
+    expected = model(**batch, use_cache=False).loss
+    attach_supervised_forward(model)
+    found = model(**batch, use_cache=False, returns_log_probs=True).log_probs
+    torch.testing.assert_close(-found.mean(), expected, **CLOSE)
+
+
 def test_every_entry_of_the_table_is_compared():
     assert {*STOCK_FAMILIES, *(family for family, _ in OTHERS)} == set(LOGIT_EXTRAS)
 

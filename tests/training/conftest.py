@@ -28,11 +28,14 @@ def run_program() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def train_by_hand():
-    """Do what `train/sft.py` does with these arguments, in this process."""
+    """Do what `train/sft.py`, or another of the programs, does with these arguments, in this process."""
     from mllm.training.arguments import parse_arguments
+    from mllm.training.plan import PROGRAMS
 
-    run = _load("sft").run
-    return lambda argv: run(parse_arguments(argv))
+    def start(argv: list[str], program: str = "sft") -> None:
+        _load(program).run(parse_arguments(argv, PROGRAMS[program]))
+
+    return start
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +47,8 @@ def run_plan(run_program, train_by_hand):
 
         def launch(command, stage):
             started.append(stage.name)
-            train_by_hand(command[command.index(str(TRAIN / "sft.py")) + 1 :])
+            program = str(TRAIN / f"{stage.program}.py")
+            train_by_hand(command[command.index(program) + 1 :], stage.program)
 
         single = TRAIN / "accelerate" / "single.yaml"
         with pytest.MonkeyPatch.context() as patch:

@@ -11,19 +11,23 @@ LONGEST_RUN = 3
 """A token that stands there more often in a row is written once, with its number."""
 
 
-def first_row_text(tokenizer: Any, batch: Mapping[str, Any]) -> str:
-    """The first row of a padded batch, or the first segment of a packed one.
+def row_text(tokenizer: Any, batch: Mapping[str, Any], number: int) -> str:
+    """A row of a padded batch, or a segment of a packed one, by its number.
 
     Returns:
         Its text, with what is learned in [[...]] and placeholders as "<image> x 576".
     """
-    length = batch["segment_lengths"][0] if "segment_lengths" in batch else int(batch["attention_mask"][0].sum())
-    ids, labels = batch["input_ids"][0, :length].tolist(), batch["labels"][0, :length].tolist()
+    if "segment_lengths" in batch:
+        start, length = sum(batch["segment_lengths"][:number]), batch["segment_lengths"][number]
+        ids, labels = (batch[name][0, start : start + length].tolist() for name in ("input_ids", "labels"))
+    else:
+        length = int(batch["attention_mask"][number].sum())
+        ids, labels = (batch[name][number, :length].tolist() for name in ("input_ids", "labels"))
     return tokens_text(tokenizer, ids, [label != IGNORED for label in labels])
 
 
 def tokens_text(tokenizer: Any, ids: Sequence[int], is_learned: Sequence[bool]) -> str:
-    """Ids as text, as `first_row_text` says."""
+    """Ids as text, as `row_text` says."""
     parts: list[str] = []
     before: list[int] = []
     for learned, group in groupby(zip(ids, is_learned, strict=True), key=lambda pair: pair[1]):

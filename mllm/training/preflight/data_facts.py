@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from mllm.data.auditing.batch_text import first_row_text
+from mllm.data.auditing.batch_text import row_text
 from mllm.data.batch_plan import BatchPlan, Step
 from mllm.data.examples import Example, Examples
 from mllm.data.labels import IGNORED
+from mllm.data.pairs import Pair
 from mllm.training.preflight.report import BatchFacts, LengthFacts, PlanFacts, SourceFacts
 
 HISTOGRAM_BINS = 12
@@ -107,21 +108,23 @@ def padded_size(lengths: np.ndarray) -> int:
     return len(lengths) * int(lengths.max()) if len(lengths) else 0
 
 
-def batch_facts(tokenizer: Any, batch: Mapping[str, Any], first: Example) -> BatchFacts:
+def batch_facts(tokenizer: Any, batch: Mapping[str, Any], first: Example | Pair) -> BatchFacts:
     """A micro-batch as the model reads it.
 
     Args:
         tokenizer: Of the model.
         batch: Collated.
-        first: Its first row.
+        first: Its first row, of which all sides are shown.
     """
+    sides = first.sides if isinstance(first, Pair) else (first,)
+    texts = [row_text(tokenizer, batch, number) for number in range(len(sides))]
     return BatchFacts(
         shapes={name: _shape(value) for name, value in batch.items()},
         row=first.row.id,
         source=first.row.source,
-        tokens=len(first.input_ids),
-        learned=int((first.labels[1:] != IGNORED).sum()),
-        text=first_row_text(tokenizer, batch),
+        tokens=first.length,
+        learned=sum(int((side.labels[1:] != IGNORED).sum()) for side in sides),
+        text="\n\n".join(texts),
     )
 
 

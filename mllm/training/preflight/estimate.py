@@ -4,6 +4,7 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -13,6 +14,7 @@ from mllm.models import MllmForConditionalGeneration
 from mllm.models.media import VALUES as MEDIA
 from mllm.models.parts import PartOptions, own_modules, parts_of
 from mllm.training.arguments import SftArguments
+from mllm.training.preference_options import PreferenceArguments
 from mllm.training.preflight.connectors import connector_layers, feature_shape, num_views
 from mllm.training.preflight.memory import (
     Layers,
@@ -55,6 +57,8 @@ def estimate_memory(
     """
     sharding, batch = sharding_of(args), heaviest.batch
     weights, gradients, optimizer = parameter_bytes(model, optim=str(args.optim.value), sharding=sharding)
+    if has_own_reference(args, model):
+        weights *= 2
     itemsize = 2 if args.bf16 or args.fp16 else plain.get_input_embeddings().weight.element_size()
     positions = _encoder_positions(args, plain, layers, batch)
     kept = activation_numbers(_stacks(plain, layers, positions, batch), (layers["text"], batch["input_ids"].numel()))
@@ -75,6 +79,13 @@ def estimate_memory(
         batch=batch_bytes(batch) + _cached_bytes(args, plain, batch),
         sharding=sharding.name,
     )
+
+
+def has_own_reference(args: SftArguments, model: nn.Module) -> bool:
+    """Whether a preference run holds a second model beside the one that it trains, as large as that."""
+    if not isinstance(args, PreferenceArguments) or args.precompute_ref_log_probs:
+        return False
+    return args.reference is not None or not isinstance(model, PeftModel)
 
 
 def sharding_of(args: SftArguments) -> Sharding:

@@ -4,15 +4,18 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
 from mllm.checkpoints import is_complete
 from mllm.data.collate import Collated, LeavingOut
-from mllm.data.examples import Example, Examples
+from mllm.data.examples import Examples
+from mllm.data.left_out import LeftOut
 from mllm.training.arguments import SftArguments
-from mllm.training.batching import make_collator, pack_length, plan_batches, prepare_attention
+from mllm.training.batching import collator_of, make_collator, pack_length, plan_batches, prepare_attention
 from mllm.training.checkpoint import FINAL, latest_checkpoint
+from mllm.training.preference_options import PreferenceArguments
 from mllm.training.preflight.data_facts import batch_facts, length_facts, plan_facts, source_facts
 from mllm.training.preflight.estimate import estimate_memory, layers_of_parts
 from mllm.training.preflight.model_facts import group_facts, part_facts
@@ -21,6 +24,7 @@ from mllm.training.run_record import RUN_RECORD, claim_directory, describe_run, 
 from mllm.training.sharding import whole_models
 from mllm.training.start import (
     Progress,
+    check_reference,
     encode_rows,
     load_base,
     read_rows,
@@ -53,6 +57,8 @@ def preflight(args: SftArguments, *, progress: Progress) -> Preflight:
         with whole_models(args):
             plain = load_base(args, base)
         layers = layers_of_parts(plain, args)
+        if isinstance(args, PreferenceArguments):
+            check_reference(args, plain)
         model = with_modes(plain, args)
         prepare_attention(args, plain)
         if (output_dir / RUN_RECORD).is_file():  # then this only compares
@@ -63,7 +69,7 @@ def preflight(args: SftArguments, *, progress: Progress) -> Preflight:
     figures, first, largest = plan_facts(
         plan, examples.lengths, batching=args.batching, world_size=args.world_size, pack_length=places
     )
-    collate = LeavingOut(make_collator(args, processor))
+    collate = LeavingOut(collator_of(args, make_collator(args, processor), model))
     shown, batch = collated(collate, examples, first[0])
     _, heaviest = collated(collate, examples, largest)
     decay, rate = args.weight_decay, args.learning_rate
@@ -101,8 +107,8 @@ def step_facts(args: SftArguments, plan: PlanFacts) -> StepFacts:
 
 def collated(
     collate: LeavingOut, examples: Examples, positions: Sequence[int] | np.ndarray
-) -> tuple[list[Example], Collated]:
-    """The rows at these positions that can be trained on, and the micro-batch of them.
+) -> tuple[list[Any], Collated]:
+    """The rows at these positions that can be trained on, encoded, and the micro-batch of them.
 
     Raises:
         MllmError: One of them is broken, and its source wants that to be an error.
@@ -111,4 +117,4 @@ def collated(
     batch = collate(found)
     for row in batch.left_out:
         examples.account.add(row)
-    return [row for row in found if isinstance(row, Example)], batch
+    return [row for row in found if not isinstance(row, LeftOut)], batch

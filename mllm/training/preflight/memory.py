@@ -75,7 +75,7 @@ class MemoryEstimate:
     """Bytes that a rank needs at the most.
 
     Args:
-        weights: Of the model, adapters included.
+        weights: Of the model, adapters included; and of the reference, where that is a model of its own.
         gradients: Of what is trained.
         optimizer: Its state.
         activations: What the backward needs of the forward of the largest micro-batch.

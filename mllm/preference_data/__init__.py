@@ -1,0 +1,1 @@
+"""Build preference rows from plain ones, as Re-Align does: mask, retrieve, complete, accept."""
