@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from batched_muon import Muon
+from digit_backbones.batched_muon import Muon
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
