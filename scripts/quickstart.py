@@ -27,8 +27,8 @@ from mllm.evaluation.quickstart_report import draw_chat, format_table, summarize
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = {"data": 12, "backbones": 175, "train": 255, "look": 7, "evaluate": 18, "export": 12, "chat": 6}
 """Seconds each step may take on two cores: the spine eight minutes, what joins it ten with it."""
-MEDIA_BUDGET = {"data": 15, "videos": 25, "sounds": 30, "backbones": 270, "whisper": 45} | {
-    "train": 430, "look": 15, "evaluate": 55, "chat": 5
+MEDIA_BUDGET = {"data": 15, "videos": 20, "sounds": 22, "backbones": 290, "whisper": 48} | {
+    "train": 450, "look": 8, "evaluate": 35, "chat": 6
 }  # fmt: skip
 """With videos and sounds: fifteen minutes. No export: no stock class has three encoders' towers."""
 BUDGETS = {"image": BUDGET, "image,audio,video": MEDIA_BUDGET}

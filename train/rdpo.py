@@ -20,8 +20,9 @@ from mllm.training.preference import MultimodalDPOTrainer
 from mllm.training.preference_options import PreferenceArguments
 from mllm.training.preference_plot import draw_preference
 from mllm.training.programs import Screen, claim, look_ahead, media_features, model_in_parts, starting_point, train
+from mllm.training.reference_model import check_reference, reference_model
 from mllm.training.reference_pass import known_reference
-from mllm.training.start import check_launch, check_reference, reference_model
+from mllm.training.start import check_launch
 
 
 def main() -> None:

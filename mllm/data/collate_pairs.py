@@ -9,8 +9,8 @@ import torch
 
 from mllm.data.blobs import read_media_bytes
 from mllm.data.collate import PackingCollator, PaddingCollator, decode_item
-from mllm.data.contrasts import RETRIEVED, Contrast, changed_data
-from mllm.data.pairs import CONTRAST, Pair, names_of_sides
+from mllm.data.contrasts import CONTRAST, RETRIEVED, Contrast, changed_data
+from mllm.data.pairs import Pair, names_of_sides
 from mllm.errors import MediaError
 from mllm.processing.media import MediaInput
 from mllm.processing.questions import questions_of

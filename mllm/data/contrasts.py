@@ -15,6 +15,10 @@ from PIL import Image
 from mllm.data.schema import MediaItem, PreferenceRow
 from mllm.errors import RowError
 
+CHOSEN, REJECTED, CONTRAST = "chosen", "rejected", "contrast"
+"""The sides of a pair, by name; the first two also begin the names of sides that are read under blank media."""
+UNSEEN = "_unseen"
+"""Ends those."""
 NONE, RETRIEVED, CROP, BLANK = "none", "retrieved", "crop", "blank"
 CONTRASTS = (NONE, RETRIEVED, CROP, BLANK)
 ASPECTS = (3 / 4, 4 / 3)
@@ -59,13 +63,13 @@ def shown_by(row: PreferenceRow, side: str, contrast: Contrast) -> tuple[Shown, 
     Raises:
         RowError: The row lacks the retrieved image, it is the row's own, or there is nothing to contrast.
     """
-    if side.endswith("_unseen"):
+    if side.endswith(UNSEEN):
         return _changed(_own(row, side), BLANK, "")
-    if side != "contrast":
+    if side != CONTRAST:
         return tuple(Shown(item) for item in _own(row, side))
     if contrast.media == RETRIEVED:
         return tuple(Shown(item) for item in _retrieved(row))
-    changed = _changed(_own(row, "chosen"), contrast.media, f"{contrast.seed}/{row.source}/{row.id}")
+    changed = _changed(_own(row, CHOSEN), contrast.media, f"{contrast.seed}/{row.source}/{row.id}")
     if not any(one.change for one in changed):
         raise RowError(
             f"{row.name}: no image to contrast the chosen answer with",
@@ -95,7 +99,8 @@ def changed_data(data: Any, shown: Shown, crop_scale: tuple[float, float]) -> An
 def random_crop(image: Image.Image, rng: random.Random, scale: Sequence[float]) -> Image.Image:
     """A random part of a picture, resized to all of it.
 
-    Source: torchvision's `RandomResizedCrop`: area uniform in `scale`, aspect log-uniform in `ASPECTS`.
+    Source: torchvision's `RandomResizedCrop`: area uniform in `scale`, aspect log-uniform in `ASPECTS`. Where such a
+    part does not fit into a long picture, torchvision draws again; here it is cut to what fits.
     """
     width, height = image.size
     area = width * height * rng.uniform(*scale)
@@ -107,7 +112,7 @@ def random_crop(image: Image.Image, rng: random.Random, scale: Sequence[float]) 
 
 
 def _own(row: PreferenceRow, side: str) -> tuple[MediaItem, ...]:
-    own = (row.rejected if side.startswith("rejected") else row.chosen).media
+    own = (row.rejected if side.startswith(REJECTED) else row.chosen).media
     return row.media if own is None else own
 
 
@@ -118,7 +123,7 @@ def _retrieved(row: PreferenceRow) -> tuple[MediaItem, ...]:
             expected="media under which the chosen answer is dispreferred",
             do="drop the row, or train without a visual preference (preset: dpo)",
         )
-    if row.contrast == _own(row, "chosen"):
+    if row.contrast == _own(row, CHOSEN):
         raise RowError(
             f"{row.name}: the retrieved image is the row's own",
             expected="another one: under the same image the answer cannot be worse",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mllm.data.contrasts import NONE, Contrast, Shown, shown_by
+from mllm.data.contrasts import CHOSEN, CONTRAST, NONE, REJECTED, UNSEEN, Contrast, Shown, shown_by
 from mllm.data.coordinates import CroppedAwayError, move_row
 from mllm.data.examples import Example, Examples, encode_row, too_long, unusable
 from mllm.data.left_out import BAD, LeftOut
@@ -16,10 +16,6 @@ from mllm.data.quarantine import Bad
 from mllm.data.schema import Answer, MediaItem, PreferenceRow, Row
 from mllm.errors import RowError
 from mllm.processing import TrainingProcessor
-
-CHOSEN, REJECTED, CONTRAST = "chosen", "rejected", "contrast"
-UNSEEN = "_unseen"
-"""Ends the names of sides that are read under blank media."""
 
 
 @dataclass(frozen=True, slots=True)

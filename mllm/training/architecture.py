@@ -1,9 +1,12 @@
 """Whether two models are of one architecture, told by their configurations."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
+
+from mllm.errors import OptionError
 
 SILENT = {
     "architectures", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "label2id",
@@ -11,6 +14,20 @@ SILENT = {
     "return_dict", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
 """Fields that do not decide what a model makes of its inputs; those of dropout and private ones do not, either."""
+
+
+def check_architecture(path: Path, reference: PreTrainedConfig, model: PreTrainedConfig) -> None:
+    """Check that a reference reads what the model reads, and as it does.
+
+    Raises:
+        OptionError: It is of another architecture.
+    """
+    if difference := first_difference(reference, model):
+        raise OptionError(
+            f"reference = {str(path)!r} is of another architecture than the model: {difference}",
+            expected="a checkpoint of the same model, trained otherwise",
+            do="name the checkpoint that the run starts from, or remove `reference`",
+        )
 
 
 def first_difference(one: PreTrainedConfig, other: PreTrainedConfig) -> str | None:

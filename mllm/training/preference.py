@@ -8,7 +8,8 @@ import torch
 from peft import PeftModel
 
 from mllm.data.collate import Collator, PackingCollator, PaddingCollator
-from mllm.data.pairs import CONTRAST, REJECTED, names_of_sides
+from mllm.data.contrasts import CONTRAST, REJECTED
+from mllm.data.pairs import names_of_sides
 from mllm.inference.generation import eval_mode
 from mllm.models.media import VALUES
 from mllm.models.parts import freeze_unused

@@ -41,9 +41,9 @@ from mllm.training.preference_options import PreferenceArguments
 from mllm.training.programs import Screen, StartingPoint
 from mllm.training.reference import KnownReference, ReferenceLogProbs
 from mllm.training.reference_key import hash_model, reference_ingredients
+from mllm.training.reference_model import load_reference, reference_directory
 from mllm.training.reference_pieces import Piece, describe, read_pieces, write_piece
 from mllm.training.sharding import is_zero3, settle_dtype, whole_models
-from mllm.training.start import load_reference, reference_directory
 
 DEFAULT_CACHE = "reference_log_probs"
 PAIRS_OF_A_PIECE = 256

@@ -1,17 +1,15 @@
 """What has to be settled before the first step: the launch, the model to start from, the rows."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.training_args import ParallelMode
-from transformers.utils import CONFIG_NAME
 
 from mllm.assemble import assemble_checkpoint, assembly_options
 from mllm.checkpoints import atomic_directory, is_complete, read_complete
@@ -24,7 +22,6 @@ from mllm.load import ADAPTER_CONFIG, checkpoint_directory, load_model, load_pro
 from mllm.models import MllmForConditionalGeneration
 from mllm.models.parts import apply_modes, checkpoint_parts, quantized_parts
 from mllm.processing import MllmProcessor, TrainingProcessor
-from mllm.training.architecture import first_difference
 from mllm.training.arguments import SftArguments
 from mllm.training.batching import prepare_attention
 from mllm.training.feature_cache import CachedFeatures, cache_features, check_cacheable
@@ -151,81 +148,12 @@ def with_modes(model: PreTrainedModel, args: SftArguments) -> PreTrainedModel | 
     # ZeRO-3 fetches weights anew for the recomputation, which adapters survive in the older kind only.
     checkpoint_parts(model, args.parts, reentrant=isinstance(model, PeftModel) and is_deepspeed_zero3_enabled())
     if args.encoder_chunk is not None:
-        _set_encoder_chunk(model.get_base_model() if isinstance(model, PeftModel) else model, args.encoder_chunk)
+        set_encoder_chunk(model.get_base_model() if isinstance(model, PeftModel) else model, args.encoder_chunk)
     return model
 
 
-def reference_model(args: PreferenceArguments, base: Path, model: torch.nn.Module) -> PreTrainedModel | None:
-    """The model that the policy is compared with, where it is not the policy itself without its adapters.
-
-    Raises:
-        CheckpointError: There is no model at `reference`.
-        OptionError: It is of another architecture.
-    """
-    if args.reference is None and isinstance(model, PeftModel):
-        return None
-    return load_reference(args, base, model)
-
-
-def reference_directory(args: PreferenceArguments, base: Path) -> Path:
-    """Where the reference lies, be it the model that the run starts from.
-
-    Raises:
-        CheckpointError: There is no model at `reference`.
-    """
-    return base if args.reference is None else checkpoint_directory(args.reference)
-
-
-def load_reference(args: PreferenceArguments, base: Path, model: torch.nn.Module) -> PreTrainedModel:
-    """The reference as a model of its own. Under ZeRO-3 it is loaded in shards, outside of `whole_models`.
-
-    Raises:
-        CheckpointError, OptionError: As `reference_model` does.
-    """
-    path = reference_directory(args, base)
-    is_adapter = (path / ADAPTER_CONFIG).is_file()
-    with whole_models(args) if is_adapter else nullcontext():  # shards cannot be merged
-        reference = merged(load_model(path, dtype=args.dtype))
-    plain = model.get_base_model() if isinstance(model, PeftModel) else model
-    check_architecture(path, reference.config, plain.config)
-    prepare_attention(args, reference)
-    if args.encoder_chunk is not None:
-        _set_encoder_chunk(reference, args.encoder_chunk)
-    return reference
-
-
-def check_reference(args: PreferenceArguments, model: torch.nn.Module) -> None:
-    """Check that the reference that is named is there, and of the model's architecture; it is not loaded.
-
-    Of an adapter that is only known of the model that it belongs to, and told when the run starts.
-
-    Raises:
-        CheckpointError: There is no model.
-        OptionError: It is of another architecture.
-    """
-    if args.reference is None:
-        return
-    path = checkpoint_directory(args.reference)
-    if (path / CONFIG_NAME).is_file():
-        plain = model.get_base_model() if isinstance(model, PeftModel) else model
-        check_architecture(path, AutoConfig.from_pretrained(str(path)), plain.config)
-
-
-def check_architecture(path: Path, reference: PreTrainedConfig, model: PreTrainedConfig) -> None:
-    """Check that a reference reads what the model reads, and as it does.
-
-    Raises:
-        OptionError: It is of another architecture.
-    """
-    if difference := first_difference(reference, model):
-        raise OptionError(
-            f"reference = {str(path)!r} is of another architecture than the model: {difference}",
-            expected="a checkpoint of the same model, trained otherwise",
-            do="name the checkpoint that the run starts from, or remove `reference`",
-        )
-
-
-def _set_encoder_chunk(model: PreTrainedModel, items: int) -> None:
+def set_encoder_chunk(model: PreTrainedModel, items: int) -> None:
+    """Let the encoders of a composed model read so many items at a time; an OptionError for a stock one."""
     if not isinstance(model, MllmForConditionalGeneration):
         raise OptionError(
             f"encoder_chunk = {items}, and the model is a {type(model).__name__}",

@@ -14,6 +14,7 @@ from mllm.errors import OptionError
 from mllm.models.stock_parts import STOCK_PARTS
 from mllm.models.supervised import SHARES_IMAGES
 from mllm.training.arguments import build_arguments
+from mllm.training.plan import PROGRAMS
 from mllm.training.preference_loss import TEXT_LOSSES, LossOptions, preference_loss
 from mllm.training.preference_meter import PreferenceMeter
 from mllm.training.preference_options import PREFERENCE, PRESETS, PreferenceArguments
@@ -87,8 +88,10 @@ def test_examples_parse(block, tmp_path):
     options = yaml.safe_load(block)
     stages = options.get("stages", [options])
     for stage in stages:
+        kind = PROGRAMS[stage.get("program", "sft")] if "stages" in options else PreferenceArguments
         own = {key: value for key, value in stage.items() if key not in ("name", "program")}
-        build_arguments(NEEDED | {"output_dir": str(tmp_path)} | own, PreferenceArguments, where="docs/preference.md")
+        arguments = build_arguments(NEEDED | {"output_dir": str(tmp_path)} | own, kind, where="docs/preference.md")
+        assert own.get("learning_rate") in (None, arguments.learning_rate)
 
 
 @pytest.mark.parametrize("block", re.findall(r"```json\n(.*?)```", DOC, re.DOTALL))

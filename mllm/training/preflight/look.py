@@ -20,11 +20,11 @@ from mllm.training.preflight.data_facts import batch_facts, length_facts, plan_f
 from mllm.training.preflight.estimate import estimate_memory, layers_of_parts
 from mllm.training.preflight.model_facts import group_facts, part_facts
 from mllm.training.preflight.report import PlanFacts, Preflight, StepFacts
+from mllm.training.reference_model import check_reference
 from mllm.training.run_record import RUN_RECORD, claim_directory, describe_run, refuse_foreign_directory
 from mllm.training.sharding import whole_models
 from mllm.training.start import (
     Progress,
-    check_reference,
     encode_rows,
     load_base,
     read_rows,
