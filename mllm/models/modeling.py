@@ -332,13 +332,13 @@ class MllmModel(MllmPreTrainedModel):
         """Encode what is not encoded yet. Then each modality is connected, in one order."""
         features = {one.modality: one.features for one in media if one.features is not None}
         features |= self._encode([one for one in media if one.features is None])
-        connected = {one.modality: self._connect(one, features[one.modality]) for one in media}
+        connected = {one.modality: self.connect_media(one, features[one.modality]) for one in media}
         for one in media:
             if one.places is not None:
                 connected[one.modality] = at_places(connected[one.modality], one.places)
         return connected
 
-    def _connect(self, media: Media, features: EncoderFeatures) -> MediaFeatures | list[MediaVectors]:
+    def connect_media(self, media: Media, features: EncoderFeatures) -> MediaFeatures | list[MediaVectors]:
         tower, question = self.towers[media.modality], media.question
         if tower.config.through_image_connector:
             # Each frame as an image of one view, asked about what its video is asked about.
