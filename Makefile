@@ -68,7 +68,7 @@ $(LOWEST)/dev: pyproject.toml constraints.txt constraints-lowest.txt
 
 # --- programs ----------------------------------------------------------------------------------------------------------
 
-quickstart: $(VENV)/run ## From handwriting to a trained, chatting, exported model (OUT=, SEED=)
+quickstart: $(VENV)/run ## From handwriting to a trained, aligned, pruned, chatting, exported model (OUT=, SEED=)
 	$(BIN)/python scripts/quickstart.py --out $(OUT) --seed $(SEED) $(ARGS)
 
 quickstart-seeds: $(VENV)/run ## The quickstart with seeds 0, 1 and 2, each held to its thresholds
@@ -79,7 +79,7 @@ quickstart-seeds: $(VENV)/run ## The quickstart with seeds 0, 1 and 2, each held
 quickstart-media: $(VENV)/run ## The same with videos and sounds (OUT=, SEED=)
 	$(BIN)/python scripts/quickstart.py --out $(OUT)-media --seed $(SEED) --modalities image,audio,video $(ARGS)
 
-demo: $(VENV)/run ## Chat with the quickstart's model in the browser (MODEL=)
+demo: $(VENV)/run ## Chat with the quickstart's model in the browser (MODEL=, ARGS="--pruner visiondrop tokens=3")
 	@test -e $(MODEL) || { echo "There is no model at $(MODEL). Do this: make quickstart, or make demo MODEL=DIR"; exit 1; }
 	$(BIN)/python serve/demo.py --model $(MODEL) $(ARGS)
 

@@ -26,6 +26,9 @@ PRIVATE_NAMES = (
     PrivateName(
         "transformers", "GenerationMixin._expand_multimodal_outputs", "repeats media with their rows, sounds too"
     ),
+    PrivateName(
+        "transformers", "PreTrainedConfig._attn_implementation", "pruners read queries and keys under another one"
+    ),
     PrivateName("transformers", "ProcessorMixin._get_arguments_from_pretrained", "loads only the parts there are"),
     PrivateName("transformers", "ProcessorMixin._process_images", "images in tiles, and what stands for each"),
     PrivateName("transformers", "ProcessorMixin._process_audio", "splits sounds into windows, in stock calls too"),

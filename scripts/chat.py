@@ -1,6 +1,7 @@
 """Talk to a model in the terminal, about pictures, sounds and videos if it reads them.
 
     python scripts/chat.py runs/quickstart/run/sft/final --image scene.png
+    python scripts/chat.py runs/quickstart/run/sft/final --image scene.png --pruner visiondrop tokens=3
 
 Type a question and press enter. /image PATH, /audio PATH or /video PATH adds a file to the next question, /new starts
 over, /quit ends. Questions can be piped in, too: one a line.
@@ -17,6 +18,7 @@ from mllm.errors import MllmError, user_errors
 from mllm.inference import Chat
 from mllm.inference.media import KINDS, NOUNS, read_medium
 from mllm.processing.images import decode_image
+from mllm.pruning import build_pruner
 
 
 def main() -> None:
@@ -27,13 +29,21 @@ def main() -> None:
         parser.add_argument(f"--{kind}", type=Path, nargs="+", default=[], help=f"{noun}s for the first question")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer, in tokens")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
+    parser.add_argument(
+        "--pruner", nargs="+", metavar=("METHOD", "OPTION=VALUE"),
+        help="let the language model see fewer visual tokens: visiondrop tokens=64",
+    )  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     logging.disable_progress_bar()
     with user_errors():
         media = [media_item(kind, path) for kind in KINDS for path in getattr(args, kind)]
         chat = Chat.from_pretrained(
-            args.model, device=args.device, max_new_tokens=args.max_new_tokens, temperature=args.temperature
+            args.model,
+            device=args.device,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            pruner=build_pruner(" ".join(args.pruner)) if args.pruner else None,
         )
         converse(chat, media)
 

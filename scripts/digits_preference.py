@@ -23,6 +23,7 @@ from pathlib import Path
 
 from mllm.checkpoints import is_complete
 from mllm.errors import CheckpointError, MllmError, user_errors
+from mllm.evaluation.digits import TASKS
 from mllm.evaluation.preference_report import BEFORE, format_table, read_scores, summarize
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--sft_steps", type=int, default=40, help="of the brief fine-tuning; a quickstart has 1150")
     parser.add_argument("--scenes", type=int, default=640, help="training pictures to make pairs of")
     parser.add_argument("--tau", type=float, default=0.95, help="worse answers are less alike to the better ones")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="what is evaluated before and after")
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY.PATH=VALUE", help=f"change {PLAN}, as run.py does"
     )
@@ -92,13 +94,13 @@ def experiment(seed: int, quickstart: Path, args: argparse.Namespace) -> dict[st
 
 def steps(seed: int, quickstart: Path, out: Path, args: argparse.Namespace) -> dict[str, tuple[Path, list[str]]]:
     """Of each step what it makes, and its command line."""
-    model, pairs, rows = out / "sft" / "final", out / "pairs", quickstart / "data" / "eval"
+    model, pairs, rows = out / "brief" / "final", out / "pairs", quickstart / "data" / "eval"
     found: dict[str, tuple[Path, list]] = {
         "brief sft": (
             model,
             ["train/sft.py", "--config", "train/configs/quickstart.yaml", "--stage", "sft", "--seed", seed]
             + ["--model", quickstart / "run" / "align" / "final", "--data_root", quickstart / "data"]
-            + ["--output_dir", out / "sft", "--max_steps", args.sft_steps]
+            + ["--output_dir", out / "brief", "--max_steps", args.sft_steps]
             + ["--feature_cache", quickstart / "run" / "features"],
         ),
         "pairs": (
@@ -117,7 +119,8 @@ def steps(seed: int, quickstart: Path, out: Path, args: argparse.Namespace) -> d
         scored = model if name == BEFORE else out / name / "prefer" / "final"
         found[f"scores of {name}"] = (
             out / f"{name}.json",
-            ["scripts/evaluate_model.py", scored, "--rows", rows, "--out", out / f"{name}.json"],
+            ["scripts/evaluate_model.py", scored, "--rows", rows, "--out", out / f"{name}.json", "--no_blank"]
+            + ["--tasks", *args.tasks],
         )
     return {name: (product, [sys.executable, *map(str, line)]) for name, (product, line) in found.items()}
 

@@ -5,8 +5,9 @@
 
 The second also makes videos and sounds, and one model for all of it. Every step is an ordinary program of this project
 in a process of its own, with the command printed, so each can be tried alone. A step that is done is not done again:
-after an interruption the same command goes on. At the end stand a table, `OUT/report.json`, `OUT/chat.png` and
-`OUT/rows.html`, a page of rows as the model read them.
+after an interruption the same command goes on. At the end stand tables, `OUT/report.json`, `OUT/chat.png` and
+`OUT/rows.html`, a page of rows as the model read them; of the first also what is known from fewer visual tokens
+(`OUT/pruning.png`), and what preferences change in a model that was fine-tuned too briefly (`OUT/preference`).
 """
 
 import argparse
@@ -25,13 +26,17 @@ from mllm.evaluation.digits import TASKS_OF
 from mllm.evaluation.quickstart_report import draw_chat, format_table, summarize
 
 ROOT = Path(__file__).resolve().parent.parent
-BUDGET = {"data": 12, "backbones": 175, "train": 255, "look": 7, "evaluate": 18, "export": 12, "chat": 6}
-"""Seconds each step may take on two cores: the spine eight minutes, what joins it ten with it."""
+BUDGET = {"data": 12, "backbones": 175, "train": 255, "look": 7, "evaluate": 18} | {
+    "prune": 25, "prefer": 85, "export": 12, "chat": 6
+}  # fmt: skip
+"""Seconds each step may take on two cores: the spine eight minutes, with `prune` and `prefer` ten."""
 MEDIA_BUDGET = {"data": 15, "videos": 20, "sounds": 22, "backbones": 290, "whisper": 48} | {
     "train": 450, "look": 8, "evaluate": 35, "chat": 6
 }  # fmt: skip
 """With videos and sounds: fifteen minutes. No export: no stock class has three encoders' towers."""
 BUDGETS = {"image": BUDGET, "image,audio,video": MEDIA_BUDGET}
+PRUNERS, TOKENS = ("visiondrop", "random", "uniform"), (1, 2, 3)
+"""How pictures are shown with fewer than their nine tokens, and with how many."""
 QUESTION = "What is in the picture?"
 
 
@@ -85,7 +90,8 @@ def run(out: Path, seed: int, modalities: str) -> dict:
     write_json(out / "report.json", report)
     draw_chat(picture(out), QUESTION, done["chat"]["output"], out / "chat.png")
     print(format_table(report))
-    print(f"\nreport: {out / 'report.json'}    picture: {out / 'chat.png'}    rows: {out / 'rows.html'}\n\nNext, try:")
+    pictures = " ".join(str(path) for path in (out / "chat.png", out / "pruning.png") if path.is_file())
+    print(f"\nreport: {out / 'report.json'}    pictures: {pictures}    rows: {out / 'rows.html'}\n\nNext, try:")
     for hint in next_commands(out, modalities):
         print(f"  {hint}")
     return report
@@ -112,6 +118,11 @@ def picture_steps(out: Path, seed: int) -> dict[str, list]:
         "look": ["scripts/inspect_data.py", "show", "--data", data / "questions.jsonl", data / "caption.jsonl"]
         + ["--model", model, "--rows", 6, "--html", out / "rows.html"],
         "evaluate": ["scripts/evaluate_model.py", model, "--rows", data / "eval", "--out", out / "evaluation.json"],
+        "prune": ["scripts/evaluate_model.py", model, "--rows", data / "eval", "--out", out / "pruning.json"]
+        + ["--items", 100, "--no_blank", "--picture", out / "pruning.png"]
+        + [word for name in PRUNERS for budget in TOKENS for word in ("--pruner", name, f"tokens={budget}")],
+        "prefer": ["scripts/digits_preference.py", out, "--out", out / "preference", "--methods", "rdpo"]
+        + ["--tasks", "caption", "presence", "--set", "stages.prefer.max_steps=40"],
         "export": ["scripts/export.py", model, "--out", out / "export", "--rows", data / "eval" / "caption.jsonl"],
         "chat": ["scripts/chat.py", model, "--image", picture(out) if (out / "data").exists() else ""],
     }
@@ -226,12 +237,13 @@ def next_commands(out: Path, modalities: str) -> list[str]:
     lines = [
         f"make demo MODEL={model}                    # chat in the browser",
         f"python scripts/chat.py {model} --image {picture(out)}",
+        f"python scripts/chat.py {model} --image {picture(out)} --pruner visiondrop tokens=3",
         f"python scripts/export.py {model} --out my-export --push_to_hub ORG/NAME",
         f"python scripts/inspect_data.py audit --data {out / 'data' / 'caption.jsonl'}",
         "python train/run.py --help",
     ]
     if modalities != "image":
-        lines[2] = f"python scripts/chat.py {model} --video {out / 'videos' / 'eval' / 'videos' / '000000.mp4'}"
+        lines[3] = f"python scripts/chat.py {model} --video {out / 'videos' / 'eval' / 'videos' / '000000.mp4'}"
     return lines
 
 

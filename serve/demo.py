@@ -1,4 +1,7 @@
-"""Chat with a model in the browser: python serve/demo.py --model DIR."""
+"""Chat with a model in the browser: python serve/demo.py --model DIR.
+
+With --pruner the language model sees fewer visual tokens, and the page shows which: --pruner visiondrop tokens=64
+"""
 
 import argparse
 import contextlib
@@ -7,12 +10,17 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from mllm.errors import MediaError, MllmError, RowError, user_errors
 from mllm.inference import Chat, MediaLimits
 from mllm.inference.history import NO_ANSWER, messages_from_gradio
+from mllm.inference.pruned_media import draw_kept
+from mllm.pruning import Pruner, build_pruner
+from mllm.pruning.statistics import ItemStages
 
 FILE_TYPES = {
     "image": [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"],
@@ -28,6 +36,7 @@ TAGS_AS_TEXT = (  # noqa: SIM905 - readable as words
     "s script section select small source span strike strong style sub summary sup svg table tbody td textarea tfoot "
     "th thead think title tool_call tr tt u ul unk var video"
 ).split()
+CACHE = (3600, 24 * 3600)
 HELP = "Add {} with the paper clip, ask about them, and go on asking. The model may be wrong."
 CSS = """
 .gradio-container { max-width: 860px !important; margin: 0 auto !important; }
@@ -45,7 +54,8 @@ def main() -> None:
     with user_errors(), tempfile.TemporaryDirectory(prefix="mllm-demo-") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads  # everything uploaded lies here, and goes when the server does
         limits = MediaLimits(args.max_images, args.max_sounds, args.max_videos, args.max_seconds)
-        chat = Chat.from_pretrained(args.model, device=args.device, limits=limits)
+        pruner = build_pruner(" ".join(args.pruner)) if args.pruner else None
+        chat = Chat.from_pretrained(args.model, device=args.device, limits=limits, pruner=pruner)
         page = build_page(chat, args, uploads=Path(uploads))
         page.queue(max_size=32).launch(
             server_name=args.host,
@@ -64,7 +74,7 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="directory of a model or adapter, or Hub id of a model")
     parser.add_argument("--device", help="where the model runs, e.g. cuda; the CPU by default")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 shows it to the network")
@@ -79,41 +89,67 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max_videos", type=int, default=2, help="most videos in one conversation")
     parser.add_argument("--max_seconds", type=float, default=120.0, help="longest sound or video")
     parser.add_argument(
+        "--pruner", nargs="+", metavar=("METHOD", "OPTION=VALUE"), help="fewer visual tokens: visiondrop tokens=64"
+    )
+    parser.add_argument(
         "--examples", type=Path, help="directory with media files and, in NAME.txt, what to ask about NAME.*"
     )
     return parser.parse_args()
 
 
-def build_page(chat: Chat, args: argparse.Namespace, *, uploads: Path) -> gr.ChatInterface:
-    """The page: a conversation, a box to write and attach in, and two settings."""
+def build_page(chat: Chat, args: argparse.Namespace, *, uploads: Path) -> gr.Blocks:
+    """The page: a conversation, and under a pruner what is left of its pictures."""
+    if chat.pruner is None:
+        return build_conversation(chat, args, uploads=uploads, kept=None)
+    with gr.Blocks(title=Path(args.model).resolve().name, delete_cache=CACHE, analytics_enabled=False) as page:
+        kept = gr.Gallery(
+            show_label=False, columns=1, height="auto", object_fit="contain", format="png", visible=False, render=False
+        )
+        build_conversation(chat, args, uploads=uploads, kept=kept)
+        kept.render()
+    return page
+
+
+def build_conversation(
+    chat: Chat, args: argparse.Namespace, *, uploads: Path, kept: gr.Gallery | None
+) -> gr.ChatInterface:
+    """A conversation, a box to write and attach in, and two settings; `kept` gets what a pruner left of pictures."""
     kinds = chat.processor.media_kinds
     things = " or ".join(", ".join(WORDS[kind] for kind in kinds).rsplit(", ", 1))
 
-    def answer(message: dict, history: list[dict], max_new_tokens: float, temperature: float) -> Iterator[dict]:
+    def shown(message: dict, pictures: list[Image.Image] | None = None) -> Any:
+        if kept is None:
+            return message
+        return message, gr.skip() if pictures is None else gr.Gallery(pictures, visible=bool(pictures))
+
+    def answer(message: dict, history: list[dict], max_new_tokens: float, temperature: float) -> Iterator[Any]:
         try:
             messages = messages_from_gradio(message, history, folder=uploads)
             check_request(messages)
             pieces = chat.stream(messages, max_new_tokens=int(max_new_tokens), temperature=temperature)
-            text = ""
+            text, stages = "", []
             with contextlib.closing(pieces):
                 for piece in pieces:
                     text += piece
-                    yield {"role": "assistant", "content": [{"type": "text", "text": text}]}
+                    stages = stages or stages_of(chat)  # now, while no other answer can be under way
+                    yield shown(said(text))
             if not text:
-                yield notice("The model had nothing to say. Ask in other words.")
+                yield shown(notice("The model had nothing to say. Ask in other words."))
+            elif kept is not None:
+                yield shown(said(text), pictures_of(chat, messages, stages))
         except MediaError as error:
-            yield notice(f"This cannot be used: {error.found}. Expected: {error.expected}. Please {error.do}.")
+            yield shown(notice(f"This cannot be used: {error.found}. Expected: {error.expected}. Please {error.do}."))
         except MllmError as error:
-            yield notice(f"Found: {error.found}. Expected: {error.expected}. Please {error.do}.")
+            yield shown(notice(f"Found: {error.found}. Expected: {error.expected}. Please {error.do}."))
         except Exception:
             logger.exception("an answer failed")
-            yield notice("Something went wrong on the server; its log says more. You can go on asking.")
+            yield shown(notice("Something went wrong on the server; its log says more. You can go on asking."))
 
     return gr.ChatInterface(
         answer,
         multimodal=True,
         title=f"Chat with {Path(args.model).resolve().name}",
-        description=HELP.format(things),
+        description=HELP.format(things) + (f" It gets fewer tokens, by {' '.join(args.pruner)}." if args.pruner else ""),
         chatbot=gr.Chatbot(
             show_label=False,
             height="62vh",
@@ -132,15 +168,32 @@ def build_page(chat: Chat, args: argparse.Namespace, *, uploads: Path) -> gr.Cha
             autofocus=True,
         ),
         additional_inputs=[
-            gr.Slider(16, 2048, value=args.max_new_tokens, step=16, label="Longest answer, in tokens"),
-            gr.Slider(0, 1.5, value=0, step=0.1, label="Temperature", info="0: always the likeliest word"),
+            gr.Slider(16, 2048, value=args.max_new_tokens, step=16, label="Longest answer, in tokens", render=False),
+            gr.Slider(
+                0, 1.5, value=0, step=0.1, label="Temperature", info="0: always the likeliest word", render=False
+            ),
         ],
-        additional_inputs_accordion=gr.Accordion("Settings", open=False),
+        additional_inputs_accordion="Settings",
         examples=read_examples(args.examples) if args.examples else None,
-        delete_cache=(3600, 24 * 3600),
+        additional_outputs=kept,
+        delete_cache=CACHE,
         analytics_enabled=False,
         api_visibility="private",
     )
+
+
+def stages_of(chat: Chat) -> list[ItemStages]:
+    """What became of the visual items of the answer under way; nothing without a pruner, or without any."""
+    return [item for row in chat.pruner.statistics.items for item in row] if isinstance(chat.pruner, Pruner) else []
+
+
+def pictures_of(chat: Chat, messages: list[dict], stages: list[ItemStages]) -> list[Image.Image]:
+    """What a pruner left of the pictures. A drawing that fails is no reason to lose an answer."""
+    try:
+        return draw_kept(chat.processor, messages, stages)
+    except Exception:
+        logger.exception("the pictures of what was kept failed")
+        return []
 
 
 def check_request(messages: list[dict]) -> None:
@@ -152,6 +205,11 @@ def check_request(messages: list[dict]) -> None:
 def largest_upload(kinds: tuple[str, ...]) -> int:
     """Megabytes that files of these kinds may have."""
     return max((UPLOAD_MB[kind] for kind in kinds), default=min(UPLOAD_MB.values()))
+
+
+def said(text: str) -> dict:
+    """A message of the model."""
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
 def notice(text: str) -> dict:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from mllm.errors import RowError
 from mllm.inference import generate_answers
+from mllm.inference.conversation import Pruner
 from mllm.processing import TrainingProcessor
 from mllm.processing.media import MediaInput
 
@@ -44,6 +45,7 @@ def answer_rows(
     rows: list[dict[str, Any]],
     *,
     blank: bool = False,
+    pruner: Pruner | None = None,
     batch_size: int = 64,
     max_new_tokens: int = 96,
     progress: Callable[[int], Any] | None = None,
@@ -56,6 +58,7 @@ def answer_rows(
         rows: As `read_evaluation_rows` gives them.
         blank: Whether every medium is replaced by one of its size that shows nothing: what is answered without looking
             or listening.
+        pruner: Drops visual tokens of the prompts: called on the model, it is entered as a context.
         batch_size: Conversations generated at once.
         max_new_tokens: Longest answer.
         progress: Called with the number of rows each batch answered.
@@ -66,6 +69,7 @@ def answer_rows(
         [question_of(row) for row in rows],
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
+        pruner=pruner,
         change=blanked if blank else None,
         progress=progress,
     )

@@ -139,7 +139,7 @@ class Chat:
                 return
         stopping = StoppingCriteriaList([StopWhenSet(is_cancelled)])
         try:
-            with eval_mode(self.model), self.pruner(self.model) if self.pruner else nullcontext():
+            with eval_mode(self.model), _pruned(self.model, self.pruner):
                 self.model.generate(**inputs, generation_config=config, streamer=tokens, stopping_criteria=stopping)
         except BaseException as error:  # noqa: BLE001 - the reading thread raises it again
             tokens.fail(error)
@@ -154,6 +154,7 @@ def generate_answers(
     *,
     batch_size: int,
     max_new_tokens: int,
+    pruner: Pruner | None = None,
     change: Callable[[MediaInput], MediaInput] | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> list[str]:
@@ -167,29 +168,36 @@ def generate_answers(
         conversations: Messages, each list as for `Chat.stream`.
         batch_size: Conversations generated at once.
         max_new_tokens: Longest answer, in tokens.
+        pruner: As for `Chat`; it is entered once for all answers.
         change: What is done to each decoded media item, which has to keep its size.
         progress: Called after every batch with the number of conversations it answered, e.g. a bar's `update`.
 
     Raises:
         RowError, MediaError: A conversation is malformed or too long, or a media item cannot be read. All but the
             decoding of media is checked before the first answer.
+        OptionError: The model lacks what the pruner needs.
     """
     if batch_size < 1:
         raise OptionError(f"batch_size = {batch_size}", expected="1 or more", do="set `batch_size` higher")
     prompts = [encode_prompt(processor, conversation) for conversation in conversations]
     rooms = [room_for_answer(model, prompt, max_new_tokens=max_new_tokens) for prompt in prompts]
     answers = [""] * len(prompts)
-    for batch in _batches(prompts, rooms, batch_size=batch_size):
-        config = generation_config(model, max_new_tokens=rooms[batch[0]], temperature=0.0)
-        chosen = [prompts[index] for index in batch]
-        inputs = model_inputs(processor, chosen, device=model.device, change=change)
-        with eval_mode(model):
+    with eval_mode(model), _pruned(model, pruner):
+        for batch in _batches(prompts, rooms, batch_size=batch_size):
+            config = generation_config(model, max_new_tokens=rooms[batch[0]], temperature=0.0)
+            chosen = [prompts[index] for index in batch]
+            inputs = model_inputs(processor, chosen, device=model.device, change=change)
             generated = model.generate(**inputs, generation_config=config)
-        for index, row in zip(batch, generated[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
-            answers[index] = decode_answer(processor.tokenizer, without_end(row, config))
-        if progress:
-            progress(len(batch))
+            for index, row in zip(batch, generated[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+                answers[index] = decode_answer(processor.tokenizer, without_end(row, config))
+            if progress:
+                progress(len(batch))
     return answers
+
+
+def _pruned(model: PreTrainedModel | PeftModel, pruner: Pruner | None) -> AbstractContextManager:
+    """A context in which the model generates from fewer visual tokens, where it is to."""
+    return nullcontext() if pruner is None else pruner(model)
 
 
 def _batches(prompts: list[Prompt], rooms: list[int], *, batch_size: int) -> Iterator[list[int]]:

@@ -294,7 +294,8 @@ class MllmModel(MllmPreTrainedModel):
             media = [self._filled(one) if one.modality in missing else one for one in media]
         connected = self._connect_all([one for one in media if not one.is_empty])
         filled = [one.modality for one in media if one.modality in missing and one.modality in connected]
-        zeros = [0.0 * sum(item.sum() for item in connected.pop(modality)) for modality in filled]
+        # Not the sum: a pruner marks vectors as no numbers.
+        zeros = [0.0 * sum(item.nansum() for item in connected.pop(modality)) for modality in filled]
         return connected, sum(zeros[1:], zeros[0]) if zeros else None
 
     @torch.no_grad()

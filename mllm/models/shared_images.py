@@ -98,6 +98,7 @@ def images_at(
         yield images
         return
     own = backbone.get_image_features
+    before = vars(backbone).get("get_image_features")  # a pruner's
 
     def get_image_features(*args: Any, **kwargs: Any) -> Any:
         # The grids that come here are those of the places.
@@ -107,7 +108,10 @@ def images_at(
     try:
         yield images
     finally:
-        del backbone.get_image_features
+        if before is None:
+            del backbone.get_image_features
+        else:
+            backbone.get_image_features = before
 
 
 def _is_trained(module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ model they are taken out. In front of each cut's layer more leave. What comes ou
 own column again, so callers, losses and heads see the shapes they expect.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,11 +18,12 @@ from transformers import PreTrainedModel
 
 from mllm.errors import OptionError, RowError
 from mllm.pruning.anatomy import Anatomy, anatomy_of, items_of_rows
-from mllm.pruning.base import Pruner
-from mllm.pruning.caches import CacheBook
+from mllm.pruning.base import Cut, Pruner
+from mllm.pruning.caches import check_kind, open_cache, reached_by, remember
 from mllm.pruning.features import FeatureStage
 from mllm.pruning.forward import Forward
-from mllm.shapes import Int, Tensor
+from mllm.pruning.notes import selections_of_rows
+from mllm.shapes import Float, Int, Tensor
 
 _ATTACHED = "_mllm_pruner"
 
@@ -30,19 +32,27 @@ _ATTACHED = "_mllm_pruner"
 def attached(model: PreTrainedModel | PeftModel, pruner: Pruner) -> Iterator[Pruner]:
     """A context in which `model` is pruned; see `Pruner.__call__`."""
     anatomy = anatomy_of(model)
-    if _ATTACHED in vars(anatomy.model):
-        other = type(vars(anatomy.model)[_ATTACHED]).__name__
+    with ExitStack() as stack:
+        occupy(anatomy.model, pruner, stack)
+        Session(anatomy, pruner).take_hold(stack)
+        yield pruner
+
+
+def occupy(model: PreTrainedModel, pruner: Pruner, stack: ExitStack) -> None:
+    """Mark a model as one that a pruner is attached to, as long as the stack holds.
+
+    Raises:
+        OptionError: One is attached to it already.
+    """
+    if _ATTACHED in vars(model):
+        other = type(vars(model)[_ATTACHED]).__name__
         raise OptionError(
             f"a {type(pruner).__name__} for a model that a {other} is attached to",
             expected="one pruner at a time",
             do="leave the block of the first one before",
         )
-    session = Session(anatomy, pruner)
-    with ExitStack() as stack:
-        session.take_hold(stack)
-        setattr(anatomy.model, _ATTACHED, pruner)
-        stack.callback(delattr, anatomy.model, _ATTACHED)
-        yield pruner
+    setattr(model, _ATTACHED, pruner)
+    stack.callback(delattr, model, _ATTACHED)
 
 
 class Session:
@@ -52,8 +62,9 @@ class Session:
         self.anatomy = anatomy
         self.pruner = pruner
         self.cuts = pruner.cuts(len(anatomy.layers))
+        _check_cuts(self.cuts, len(anatomy.layers), pruner)
+        _check_positions(anatomy)
         self.features = FeatureStage(anatomy, pruner)
-        self.caches = CacheBook()
         self.input_ids: Int[Tensor, "B T"] | None = None
         self.encoded: dict[str, Any] | None = None
         self.forward: Forward | None = None
@@ -69,14 +80,19 @@ class Session:
             body.register_forward_hook(self._after_body),
         ):
             stack.callback(handle.remove)
-        for index in range(min((cut.scored_at for cut in self.cuts), default=len(layers)), len(layers)):
-            handle = layers[index].register_forward_pre_hook(self._before_layer(index), with_kwargs=True)
+        is_seen = bool(self.cuts) or body.config._attn_implementation.startswith("flash")
+        for index, layer in enumerate(layers if is_seen else ()):
+            handle = layer.register_forward_pre_hook(self._before_layer(index), with_kwargs=True)
             stack.callback(handle.remove)
+        self.pruner.take_hold(self.anatomy, stack)
 
     def _before_backbone(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.forward = None
         self.input_ids = kwargs.get("input_ids", args[0] if args else None)
         self.encoded = kwargs.get("mm_encoder_outputs")
+        chosen = self.features.selections if self.encoded else {}
+        self.features.start(self.input_ids)
+        self.features.selections = chosen
 
     def _after_backbone(self, module: nn.Module, args: tuple, outputs: Any) -> None:
         self.input_ids = self.encoded = self.forward = None
@@ -86,19 +102,23 @@ class Session:
     ) -> tuple[tuple, dict[str, Any]] | None:
         embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
         self.forward = None
-        if embeds is None or self.input_ids is None:
+        if embeds is None:
             return None
-        items = self._items()
-        past = self.caches.stages_of(cache)
+        layers = (0, *(cut.layer for cut in self.cuts))
+        past = reached_by(cache, layers=layers, positions=self.pruner.positions)
+        items = self._items(embeds)
         if past is None and not any(items):
             return None
+        check_kind(cache)
         self._check(kwargs)
-        self.forward = Forward(self.anatomy, self.pruner, self.cuts, past=past)
-        return args, self.forward.enter(kwargs, items)
+        chosen = selections_of_rows(self._kinds(items), self.features.selections)
+        self.forward = Forward(self.anatomy, self.pruner, self.cuts, past=past, items=items, selections=chosen)
+        open_cache(cache)
+        return args, self.forward.enter(kwargs)
 
     def _before_layer(self, index: int) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-            return None if self.forward is None else self.forward.before_layer(index, args, kwargs)
+            return None if self.forward is None else self.forward.before_layer(index, module, args, kwargs)
 
         return hook
 
@@ -107,24 +127,36 @@ class Session:
         if forward is None:
             return None
         if outputs.past_key_values is not None:
-            self.caches.keep(outputs.past_key_values, forward.reached())
-        outputs.last_hidden_state = forward.leave(outputs.last_hidden_state)
+            remember(outputs.past_key_values, forward.reached())
+        forward.leave(outputs)
         return outputs
 
-    def _items(self) -> list[list[Int[Tensor, " _"]]]:
+    def _items(self, embeds: Float[Tensor, "B T D"]) -> list[list[Int[Tensor, " _"]]]:
         """The columns of the visual items of each row."""
-        assert self.input_ids is not None
-        marks = {modality: self.input_ids == token for modality, token in self.anatomy.placeholders.items()}
         lengths = self.features.lengths_of(self.encoded)
+        if self.input_ids is None:
+            _check_unmarked(embeds)
+            return [[] for _ in embeds]
+        marks = {modality: self.input_ids == token for modality, token in self.anatomy.placeholders.items()}
         found = {modality: int(mark.sum()) for modality, mark in marks.items()}
         expected = {modality: sum(lengths.get(modality, ())) for modality in marks}
-        if any(found.values()) and found != expected:
+        if not any(expected.values()):
+            return [[] for _ in embeds]  # a placeholder that a model happens to speak is a word
+        if found != expected:
             raise RowError(
                 f"a forward with so many visual tokens: {found}, of items with {expected}",
                 expected="all tokens of each picture and video in one forward",
                 do="do not prefill in chunks under a pruner",
             )
         return items_of_rows(marks, lengths)
+
+    def _kinds(self, items: list[list[Int[Tensor, " _"]]]) -> list[list[str]]:
+        """Of which modality the visual items of each row are."""
+        names = {token: modality for modality, token in self.anatomy.placeholders.items()}
+        ids = self.input_ids
+        if ids is None:
+            return [[] for _ in items]
+        return [[names[int(ids[row, own[0]])] for own in of_row] for row, of_row in enumerate(items)]
 
     def _check(self, kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask")
@@ -134,15 +166,66 @@ class Session:
                 expected="a mask of tokens [B, T], or none",
                 do="leave the pairs to the model",
             )
+        if kwargs.get("output_attentions"):
+            raise OptionError(
+                "output_attentions, under a pruner",
+                expected="no attention weights: they would be of other tokens in each layer",
+                do="ask for them without a pruner",
+            )
         if self.cuts and self.anatomy.body.training:
             raise OptionError(
                 f"{type(self.pruner).__name__}, which cuts between layers, on a model that is being trained",
                 expected="a model in eval mode",
                 do="train with a pruner that works in front of the language model, or call `model.eval()`",
             )
-        if self.cuts and kwargs.get("segment_lengths") is not None:
+        is_packed = kwargs.get("segment_lengths") is not None
+        if self.cuts and is_packed:
             raise OptionError(
                 f"packed rows under {type(self.pruner).__name__}, which cuts between layers",
                 expected="padded rows",
                 do="batch with padding",
             )
+        positions = kwargs.get("position_ids")
+        if not is_packed and mask is None and positions is not None and bool((positions.diff(dim=-1) < 0).any()):
+            raise OptionError(
+                "rows whose positions begin anew, under a pruner, without `segment_lengths`",
+                expected="packed rows as mllm's collator makes them, or padded ones",
+                do="make batches with mllm.data.collate.PackingCollator, or with padding",
+            )
+        if self.pruner.positions == "compacted" and positions is not None and positions.dim() != 2:
+            raise OptionError(
+                "positions: compacted, for a model whose tokens have several positions each (M-RoPE)",
+                expected="positions: original",
+                do="set `positions` to original",
+            )
+
+
+def _check_cuts(cuts: tuple[Cut, ...], num_layers: int, pruner: Pruner) -> None:
+    before = -1
+    for cut in cuts:
+        if not before < cut.layer < num_layers or not max(before, cut.layer - 1, 0) <= cut.scored_at <= cut.layer:
+            raise OptionError(
+                f"{type(pruner).__name__}: cuts in front of layers {[cut.layer for cut in cuts]}, of {num_layers}",
+                expected=f"ascending ones below {num_layers}, each decided by its layer or the one before",
+                do="choose layers that the language model has",
+            )
+        before = cut.layer
+
+
+def _check_positions(anatomy: Anatomy) -> None:
+    has_alibi = bool(anatomy.body.config.to_dict().get("alibi"))  # of Falcon, an option
+    if has_alibi or "position_ids" not in inspect.signature(anatomy.body.forward).parameters:
+        raise OptionError(
+            f"a {type(anatomy.body).__name__}, which takes no positions (it tells distances by its mask)",
+            expected="a language model whose tokens can keep their positions when others leave",
+            do="run it without a pruner",
+        )
+
+
+def _check_unmarked(embeds: Float[Tensor, "B T D"]) -> None:
+    if bool(embeds[..., 0].isnan().any()):
+        raise RowError(
+            "embedded inputs with media in them, under a pruner, and no `input_ids` that say where",
+            expected="input_ids, and the media beside them",
+            do="let the model put media into texts, or encode them outside of the pruner's block",
+        )

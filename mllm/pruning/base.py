@@ -6,7 +6,7 @@ states, masks, positions and caches is the same for all methods, and stands in `
 `mllm.pruning.prefill`.
 """
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -15,6 +15,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from mllm.errors import OptionError
+from mllm.pruning.anatomy import Anatomy
 from mllm.pruning.evidence import Evidence
 from mllm.pruning.statistics import Statistics
 from mllm.shapes import Bool, Float, Int, MediaVectors, Tensor
@@ -44,15 +45,30 @@ class Item:
     Args:
         kind: "image" or "video".
         vectors: What the connector made of it [V, D].
-            evidence: What its encoder tells of its patches, for pruners with `encoder_layers`.
+        evidence: What its encoder tells of its patches, for pruners with `encoder_layers`.
         grid: Views (or frames), rows and columns of its vectors, where they stand in grids and nothing else is among
             them.
+        unread: Why no encoder can tell anything of its patches; None where one could.
     """
 
     kind: str
     vectors: MediaVectors
     evidence: Evidence | None
     grid: tuple[int, int, int] | None
+    unread: str | None = None
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The tokens of a row as they entered the language model.
+
+    Args:
+        vectors: In front of its first layer [E, D].
+        items: Which of them are those of each visual item.
+    """
+
+    vectors: Float[Tensor, "E D"]
+    items: tuple[Int[Tensor, " _"], ...]
 
 
 @dataclass(frozen=True)
@@ -66,6 +82,7 @@ class Row:
         keys: Of this layer, rotated, a head for each of the queries' [H, U, d]: first those of tokens that a cache
             holds from earlier turns.
         scaling: What scores are multiplied by.
+        embedded: The row as it entered the language model; text tokens are still all there.
     """
 
     hidden: Float[Tensor, "M D"]
@@ -73,6 +90,7 @@ class Row:
     queries: Float[Tensor, "H M d"]
     keys: Float[Tensor, "H U d"]
     scaling: float
+    embedded: Embedded | None = None
 
     @property
     def is_visual(self) -> Bool[Tensor, " M"]:
@@ -135,6 +153,8 @@ class Pruner:
     connector reads."""
     prunes_features: ClassVar[bool] = True
     """Whether tokens leave in front of the language model."""
+    reads_text: ClassVar[bool] = False
+    """Whether what stays of a picture may depend on the text behind it."""
 
     def __post_init__(self):
         is_share = isinstance(self.tokens, float)
@@ -161,6 +181,13 @@ class Pruner:
 
         return attached(model, self)
 
+    def take_hold(self, anatomy: Anatomy, stack: ExitStack) -> None:
+        """Put what only this method needs on a model, such as hooks inside of its encoder; the stack takes it off.
+
+        Raises:
+            OptionError: The model lacks what the method needs.
+        """
+
     def budget(self, num_tokens: int) -> int:
         """How many of an item's tokens `tokens` means, from 1 to all of them."""
         wanted = round(self.tokens * num_tokens) if isinstance(self.tokens, float) else self.tokens
@@ -181,6 +208,17 @@ class Pruner:
     def select(self, item: Item, num_layers: int) -> Selection | None:
         """Which vectors of an item enter a language model of so many layers; None for all."""
         return None
+
+    def leaves_at_cut(self, cut: int, present: tuple[int, ...], entered: tuple[int, ...], num_layers: int) -> bool:
+        """Whether any token of a row leaves at a cut; if of no row, scores are not read there, and nobody is asked.
+
+        Args:
+            cut: Its number among `cuts`.
+            present: How many tokens of each item are there.
+            entered: How many each had in the first place.
+            num_layers: Of the language model.
+        """
+        return True
 
     def select_at_cut(self, row: Row, cut: int, entered: tuple[int, ...], num_layers: int) -> list[Selection | None]:
         """Which tokens of each of a row's items stay at a cut.

@@ -6,14 +6,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from mllm.errors import OptionError
 from mllm.models.parts import layers_of, parts_of
 from mllm.pruning.anatomy import Anatomy
 from mllm.pruning.base import Item
-from mllm.pruning.encodings import Encoding, SeenItem
+from mllm.pruning.encodings import Encoding
 from mllm.pruning.evidence import Evidence
 from mllm.pruning.scoring import QueriesKeys, queries_and_keys
 from mllm.shapes import MediaVectors
+
+_ENDS = "cu_seqlens"
+"""By this name Qwen-VL's encoder is told where in its one sequence pictures (or windows of them) end."""
 
 
 class EncoderHooks:
@@ -27,24 +29,22 @@ class EncoderHooks:
     def __init__(self, anatomy: Anatomy, wanted: tuple[int, ...]):
         self.anatomy = anatomy
         self.wanted = wanted
-        self.calls: dict[int, list[QueriesKeys]] = {}
-        self.num_used = 0
         self.is_reading = False
+        self.forget()
 
     def take_hold(self, stack: ExitStack) -> None:
         """Put hooks on the encoder's layers."""
         if not self.wanted:
             return
         names = layers_of(self.anatomy.model, parts_of(self.anatomy.model)["image.encoder"])
-        if not names:
-            raise OptionError(
-                "an encoder without a list of layers",
-                expected="an encoder whose attention ranks its patches",
-                do="choose a pruner that needs none of it: divprune, random, uniform",
-            )
         for number in self.wanted:
             layer = self.anatomy.model.get_submodule(names[number])
             stack.callback(layer.register_forward_pre_hook(self._before(number), with_kwargs=True).remove)
+
+    def forget(self) -> None:
+        """Begin anew: what was read so far is of no item to come."""
+        self.calls: dict[int, list[QueriesKeys]] = {}
+        self.num_used = 0
 
     def items(self, modality: str, vectors: list[MediaVectors], encoding: Encoding) -> list[Item]:
         """The items that the encoder was called for, with what it tells of each.
@@ -54,36 +54,39 @@ class EncoderHooks:
             vectors: Of each item.
             encoding: How they came to be.
         """
-        if not self.calls:
-            return [Item(modality, one, None, None) for one in vectors]
-        layers = {number: self._taken(calls, encoding.num_views) for number, calls in self.calls.items()}
+        layers = {number: self._parted(calls, encoding) for number, calls in self.calls.items()}
         self.num_used += encoding.num_views
-        if self.num_used == sum(len(call.queries) for call in next(iter(self.calls.values()))):
-            self.calls, self.num_used = {}, 0
         return [
-            Item(modality, one, self._evidence(layers, seen, encoding), seen.grid)
-            for one, seen in zip(vectors, encoding.items, strict=True)
+            Item(modality, one, self._evidence(layers, number, encoding), seen.grid, encoding.unread)
+            for number, (one, seen) in enumerate(zip(vectors, encoding.items, strict=True))
         ]
 
-    def _taken(self, calls: list[QueriesKeys], num_views: int) -> QueriesKeys:
-        """Of the views of one modality: frames and pictures go through one encoder, one behind the other."""
-        rows = slice(self.num_used, self.num_used + num_views)
+    def _parted(self, calls: list[QueriesKeys], encoding: Encoding) -> list[QueriesKeys]:
+        """Of each item of one modality: frames and pictures may go through one encoder, one behind the other."""
+        if encoding.parted is not None:
+            return encoding.parted(calls[-1])
+        rows = slice(self.num_used, self.num_used + encoding.num_views)
         queries, keys = (torch.cat([getattr(call, name) for call in calls])[rows] for name in ("queries", "keys"))
-        return QueriesKeys(queries, keys, calls[0].scaling)
+        return [QueriesKeys(queries[seen.views], keys[seen.views], calls[0].scaling) for seen in encoding.items]
 
-    def _evidence(self, layers: dict[int, QueriesKeys], seen: SeenItem, encoding: Encoding) -> Evidence | None:
-        if seen.patches is None:
+    def _evidence(self, layers: dict[int, list[QueriesKeys]], item: int, encoding: Encoding) -> Evidence | None:
+        seen = encoding.items[item]
+        if seen.patches is None or not layers:
             return None
-        views = seen.views
-        own = {number: QueriesKeys(one.queries[views], one.keys[views], one.scaling) for number, one in layers.items()}
-        features = None if encoding.features is None else encoding.features[views].flatten(0, 1)
-        return Evidence(own, encoding.num_prefix_tokens, seen.patches, features, encoding.connect)
+        own = {number: items[item] for number, items in layers.items()}
+        patches = seen.patches.to(next(iter(own.values())).keys.device)
+        features = None if encoding.features is None else encoding.features[seen.views].flatten(0, 1)
+        return Evidence(
+            own, encoding.num_prefix_tokens, patches, features, encoding.connect, seen.overview, seen.tiles
+        )
 
     def _before(self, number: int) -> Any:
         def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             if self.is_reading:
                 return
             self.is_reading = True
+            if _ENDS in kwargs:  # where the pictures of one sequence end: queries and keys do not depend on it
+                kwargs = {**kwargs, _ENDS: torch.tensor([0, len(args[0])], device=args[0].device)}
             try:
                 self.calls.setdefault(number, []).append(queries_and_keys(layer, args, kwargs))
             finally:

@@ -9,6 +9,9 @@ from mllm.errors import OptionError
 from mllm.pruning.scoring import QueriesKeys
 from mllm.shapes import Float, Int, Tensor
 
+QUERIES_AT_ONCE = 512
+"""Whose attention is in memory together: a picture may have many thousand patches."""
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -22,6 +25,8 @@ class Evidence:
             (the end of a line of LLaVA-NeXT) is no patch.
         features: What the connector read of all patches, where it turns each patch into a vector by itself; else None.
         connect: The connector, for such features.
+        overview: Which of the views shows the whole item, where the others are its tiles; None where none does.
+        tiles: Rows and columns of those tiles, which come line by line.
     """
 
     layers: Mapping[int, QueriesKeys]
@@ -29,6 +34,22 @@ class Evidence:
     patches: Int[Tensor, "V p"]
     features: Float[Tensor, "patches D_encoder"] | None = None
     connect: Callable[[Tensor], Tensor] | None = None
+    overview: int | None = None
+    tiles: tuple[int, int] | None = None
+
+    @property
+    def num_views(self) -> int:
+        """How many views the item was encoded in."""
+        return len(next(iter(self.layers.values())).keys)
+
+    @property
+    def views(self) -> Int[Tensor, " V"]:
+        """Which view each vector is of; -1 where it stands for no patch."""
+        return self.patches.amax(dim=1) // self.num_patches
+
+    def room_of_views(self) -> list[int]:
+        """How many of the vectors are of each view."""
+        return torch.bincount(self.views[self.is_patch], minlength=self.num_views).tolist()
 
     @property
     def num_patches(self) -> int:
@@ -50,7 +71,7 @@ class Evidence:
             raise OptionError(
                 "an encoder without a class token, whose attention was to rank the patches",
                 expected="an encoder with one, such as CLIP or DINOv2",
-                do="choose a pruner that needs none (visiondrop, divprune, random, uniform)",
+                do="choose a pruner that needs none (visiondrop, visionzip, divprune, random, uniform)",
             )
         queries, keys, scaling = self.layers[layer]
         scores = (queries[:, :, :1] @ keys.transpose(2, 3)).float() * scaling
@@ -59,8 +80,11 @@ class Evidence:
     def received_attention(self, layer: int = -1) -> Float[Tensor, " patches"]:
         """What each patch is paid by the patches of its view, as a mean over heads and patches."""
         queries, keys, scaling = self.layers[layer]
-        scores = (queries[:, :, self.num_prefix_tokens :] @ keys.transpose(2, 3)).float() * scaling
-        return scores.softmax(dim=-1)[..., self.num_prefix_tokens :].mean(dim=(1, 2)).flatten()
+        paid = 0.0
+        for some in queries[:, :, self.num_prefix_tokens :].split(QUERIES_AT_ONCE, dim=2):
+            scores = (some @ keys.transpose(2, 3)).float() * scaling
+            paid = paid + scores.softmax(dim=-1)[..., self.num_prefix_tokens :].sum(dim=(1, 2))
+        return (paid / (queries.shape[1] * self.num_patches)).flatten()
 
     def mean_keys(self, layer: int = -1) -> Float[Tensor, "patches d"]:
         """The key of each patch, as a mean over heads."""
@@ -78,3 +102,24 @@ class Evidence:
         sums = (values[self.patches.clamp(min=0)] * weights).sum(dim=1)
         numbers = weights.sum(dim=1)
         return torch.where(numbers > 0, sums / numbers.clamp(min=1), torch.full_like(sums, without))
+
+
+def told(evidence: Evidence | None, *, by: str, unread: str | None = None) -> Evidence:
+    """What is told of an item, for a method that cannot do without.
+
+    Args:
+        evidence: Of the item.
+        by: The method.
+        unread: Why nothing can be told of it, as far as that is known.
+
+    Raises:
+        OptionError: Nothing is told.
+    """
+    if evidence is None:
+        reason = unread or "its encoder did not run, or not where it could be watched"
+        raise OptionError(
+            f"{by}, for a model that tells nothing of the patches behind its vectors: {reason}",
+            expected="an encoder that runs, and a connector that mixes no patches or only neighbours",
+            do="choose a pruner that looks at the vectors alone: divprune, tome, uniform, random",
+        )
+    return evidence

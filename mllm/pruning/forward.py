@@ -1,19 +1,34 @@
 """One forward of a language model under a pruner, from its first layer to its last."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Cache
 from transformers.masking_utils import create_causal_mask
 
-from mllm.errors import RowError
+from mllm.errors import OptionError
+from mllm.models.segment_attention import segment_mask
 from mllm.pruning.anatomy import Anatomy
-from mllm.pruning.base import Cut, Pruner, Row
-from mllm.pruning.caches import Reached
-from mllm.pruning.prefill import Stage, first_stage, gathered, hidden_at, next_stage, spread
+from mllm.pruning.base import Cut, Embedded, Pruner, Row
+from mllm.pruning.caches import Reached, all_tokens
+from mllm.pruning.deep_features import DeepFeatures
+from mllm.pruning.notes import Items, Notes, Selections
+from mllm.pruning.prefill import (
+    Stage,
+    first_stage,
+    gathered,
+    hidden_at,
+    next_stage,
+    num_shared_at_end,
+    places_in_segments,
+    segments_of,
+    slots_left,
+    spread,
+)
 from mllm.pruning.scoring import QueriesKeys, queries_and_keys
-from mllm.pruning.statistics import ItemStages
 from mllm.shapes import Bool, Float, Int, Tensor
 
 
@@ -24,120 +39,143 @@ class Forward:
         anatomy: Of the model.
         pruner: Decides.
         cuts: Of the pruner.
-        past: What the cache holds from earlier forwards, None for nothing.
+        past: What the cache holds from earlier forwards, None where none of them was pruned.
+        items: Of the prompt; none in a step that generates.
+        selections: What was decided in front of the language model.
     """
 
-    def __init__(self, anatomy: Anatomy, pruner: Pruner, cuts: tuple[Cut, ...], *, past: Reached | None):
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        pruner: Pruner,
+        cuts: tuple[Cut, ...],
+        *,
+        past: Reached | None,
+        items: Items,
+        selections: Selections,
+    ):
         self.anatomy = anatomy
         self.pruner = pruner
         self.cuts = cuts
         self.past = past
+        self.items = items
+        self.entered = [tuple(map(len, row)) for row in items]
+        self.is_prompt = any(items)
+        self.is_compacted = pruner.positions == "compacted"
+        self.notes = Notes(pruner.statistics, items, selections)
         self.stages: list[Stage] = []
         self.width = 0
-        self.is_prompt = False
-        self.is_packed = False
+        self.tail = 0
         self.is_scoring = False
-        self.items: list[list[Int[Tensor, " _"]]] = []
-        self.entered: list[tuple[int, ...]] = []
-        self.positions: Tensor | None = None  # of the first stage
+        self.embeds: Tensor | None = None  # of the first stage
+        self.positions: Tensor | None = None  # of the stage at hand
         self.inputs: dict[str, Any] = {}  # of the layers of the stage at hand
         self.scores: QueriesKeys | None = None
+        self.deep: DeepFeatures | None = None  # those that are added here
 
-    def enter(self, kwargs: dict[str, Any], items: list[list[Int[Tensor, " _"]]]) -> dict[str, Any]:
+    def enter(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The inputs of the language model, without what leaves in front of it.
 
         Args:
             kwargs: Its inputs.
-            items: The columns of each row's visual items.
         """
         embeds: Tensor = kwargs["inputs_embeds"]
-        num_rows, self.width = embeds.shape[:2]
-        self.items, self.is_prompt = items, any(items)
+        self.width = embeds.shape[1]
         is_visual = self._is_visual(embeds)
-        self.is_packed = kwargs.get("segment_lengths") is not None
         is_dropped = embeds[..., 0].isnan() & is_visual
         mask = kwargs.get("attention_mask")
         is_token = torch.ones_like(is_visual) if mask is None else mask[:, -self.width :].bool()
-        stage = first_stage(is_token & ~is_dropped, self._past(0, embeds, mask))
+        stage = first_stage(is_token & ~is_dropped, self._first_past(kwargs, embeds))
         self.stages = [stage]
-        self.positions = gathered(self._positions(kwargs, embeds, stage), stage.columns, -1)
-        if self.pruner.positions == "compacted":
-            self._check_plain_positions()
-            self.positions = stage.compacted_positions()
+        self._set_tail(is_token & ~is_visual)
         if self.is_prompt:
-            self._note_items(is_dropped)
+            num_layers = self.cuts[0].layer if self.cuts else len(self.anatomy.layers)
+            self.notes.begin(is_dropped, stage.counts, num_layers, compacted=self.is_compacted)
+        self.embeds = hidden_at(embeds, stage.columns, stage.is_token)
+        self.positions = self._first_positions(kwargs, embeds, stage)
         entered = {
             **kwargs,
-            "inputs_embeds": hidden_at(embeds, stage.columns, stage.is_token),
+            "inputs_embeds": self.embeds,
             "position_ids": self.positions,
             # Never None: without a mask transformers takes gaps between positions for the ends of packed rows.
             "attention_mask": stage.mask.long(),
         }
-        if self.is_packed:
+        if kwargs.get("segment_lengths") is not None:
             entered |= self._packed(kwargs, stage)
-        return entered | self._deep_features(kwargs, is_visual, stage)
+        self._set_unbroken_positions(stage)
+        return entered | self._deep_inputs(kwargs, stage)
 
-    def before_layer(self, index: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def before_layer(
+        self, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
         """The inputs of a layer, as its stage has them; None where they are right."""
         if self.is_scoring:
             return None
-        number = next((number for number, cut in enumerate(self.cuts) if cut.layer == index), None)
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if number is not None:
-            if not self.inputs:
-                self.inputs = {"position_embeddings": kwargs.get("position_embeddings")}
-            hidden = self._cut(number, index, hidden, args, kwargs)
-        reads_here = self.is_prompt and any(cut.scored_at == index != cut.layer for cut in self.cuts)
-        kwargs = {**kwargs, **{name: value for name, value in self.inputs.items() if name in kwargs}}
-        if args:
-            args = (hidden, *args[1:])
-        else:
-            kwargs["hidden_states"] = hidden
-        if reads_here:
-            self.scores = self._read(index, args, kwargs)
-        return args, kwargs
+        hidden, kwargs = _named(layer, args, kwargs)
+        if self.deep is not None and 0 < index <= len(self.deep.features):
+            hidden = self.deep.added(hidden, index - 1, self.stages[-1])
+        for number, cut in enumerate(self.cuts):
+            if cut.layer == index:
+                hidden = self._cut(number, hidden, kwargs)
+        kwargs |= {name: value for name, value in self.inputs.items() if name in kwargs}
+        if self.is_prompt and any(cut.scored_at == index != cut.layer for cut in self.cuts):
+            self.scores = self._read(index, hidden, kwargs)
+        return (hidden,), kwargs
 
-    def leave(self, hidden: Float[Tensor, "B M D"]) -> Float[Tensor, "B T D"]:
-        """The last hidden states, each token's at its own column."""
-        stage = self.stages[-1]
-        if hidden.shape[1] == self.width and bool(stage.is_token.all()):
-            in_order = torch.arange(self.width, device=hidden.device).expand_as(stage.columns)
-            if torch.equal(stage.columns, in_order):
-                return hidden
-        return spread(hidden, stage, self.width)
+    def leave(self, outputs: Any) -> None:
+        """Put each token's hidden states at its own column."""
+        outputs.last_hidden_state = self._spread(outputs.last_hidden_state, self.stages[-1])
+        if outputs.hidden_states is not None:
+            # Of the embeddings first, then of each layer.
+            outputs.hidden_states = tuple(
+                None if one is None else self._spread(one, self._stage_at(max(number - 1, 0)))
+                for number, one in enumerate(outputs.hidden_states)
+            )
 
     def reached(self) -> Reached:
         """Where the cache stands afterwards."""
         layers = (0, *(cut.layer for cut in self.cuts))
-        gap = (self.past.gap if self.past else 0) + self.width - self.stages[0].columns.shape[1]
-        return Reached(tuple((layer, stage.mask) for layer, stage in zip(layers, self.stages, strict=True)), gap)
+        gap = (self.past.gap if self.past else 0) + self.width - self._stage_at(0).columns.shape[1]
+        past = tuple(self._stage_at(layer).mask for layer in layers)
+        return Reached(layers, past, gap, self.tail, self.pruner.positions)
 
-    def _past(self, number: int, like: Tensor, mask: Tensor | None = None) -> Bool[Tensor, "B P"]:
-        """Which slots of a stage's cache hold tokens."""
+    def _stage_at(self, layer: int) -> Stage:
+        """The stage that a layer sees."""
+        return self.stages[sum(cut.layer <= layer for cut in self.cuts)]
+
+    def _spread(self, hidden: Float[Tensor, "B M D"], stage: Stage) -> Float[Tensor, "B T D"]:
+        in_order = torch.arange(self.width, device=hidden.device)
+        if hidden.shape[1] == self.width and bool(stage.is_token.all()) and bool((stage.columns == in_order).all()):
+            return hidden
+        return spread(hidden, stage, self.width)
+
+    def _first_past(self, kwargs: Mapping[str, Any], embeds: Tensor) -> Bool[Tensor, "B P"]:
+        """Which slots of the first layer's cache hold tokens."""
+        mask = kwargs.get("attention_mask")
         if self.past is not None:
-            return self.past.past[number][1]
-        if number > 0:
-            return self.stages[0].past  # filled without a pruner, or not at all: all layers alike
-        earlier = (
-            torch.ones(len(like), 0, dtype=torch.bool, device=like.device) if mask is None else mask[:, : -self.width]
-        )
-        return earlier.bool()
+            return self.past.past[0]
+        return all_tokens(kwargs.get("past_key_values"), embeds) if mask is None else mask[:, : -self.width].bool()
 
-    def _positions(self, kwargs: Mapping[str, Any], embeds: Tensor, stage: Stage) -> Tensor:
+    def _first_positions(self, kwargs: Mapping[str, Any], embeds: Tensor, stage: Stage) -> Tensor:
+        if self.is_compacted:
+            lengths = kwargs.get("segment_lengths")
+            return stage.compacted_positions() if lengths is None else self._packed_positions(stage, lengths)
         given = kwargs.get("position_ids")
-        if given is not None:
-            return given if given.shape[-2] == len(embeds) else given.expand(*given.shape[:-2], len(embeds), -1)
-        seen = stage.past.shape[1] + (self.past.gap if self.past else 0)
-        return torch.arange(seen, seen + self.width, device=embeds.device).expand(len(embeds), -1)
+        if given is None:
+            seen = stage.past.shape[1] + (self.past.gap if self.past else 0)
+            given = torch.arange(seen, seen + self.width, device=embeds.device)[None]
+        return gathered(given.expand(*given.shape[:-2], len(embeds), -1), stage.columns, -1)
 
-    def _check_plain_positions(self) -> None:
-        assert self.positions is not None
-        if self.positions.dim() != 2:
-            raise RowError(
-                "positions: compacted, for a model whose tokens have several positions each (M-RoPE)",
-                expected="positions: original",
-                do="set `positions` to original",
-            )
+    def _set_tail(self, is_text: Bool[Tensor, "B T"]) -> None:
+        """How many columns at the end, earlier ones included, nothing was taken out of."""
+        shared = num_shared_at_end(is_text)
+        self.tail = shared + (self.past.tail if self.past and shared == self.width else 0)
+
+    def _set_unbroken_positions(self, stage: Stage) -> None:
+        """Flash attention takes gaps between positions for packing; rotations, which need them, are made before."""
+        if self.anatomy.body.config._attn_implementation.startswith("flash"):
+            width = stage.columns.shape[1]
+            self.inputs["position_ids"] = torch.arange(width, device=stage.columns.device).expand_as(stage.columns)
 
     def _is_visual(self, embeds: Float[Tensor, "B T D"]) -> Bool[Tensor, "B T"]:
         found = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
@@ -146,47 +184,42 @@ class Forward:
                 found[row, columns] = True
         return found
 
-    def _note_items(self, is_dropped: Bool[Tensor, "B T"]) -> None:
-        """What is left of each item of each row."""
-        statistics = self.pruner.statistics
-        statistics.num_prompts += 1
-        statistics.items, statistics.tokens_per_layer = [], [self.stages[0].counts]
-        for row, items in enumerate(self.items):
-            self.entered.append(tuple(len(item) for item in items))
-            kept = [(~is_dropped[row, item]).nonzero()[:, 0] for item in items]
-            statistics.items.append([ItemStages(len(item), {0: one}) for item, one in zip(items, kept, strict=True)])
-        layers_before = self.cuts[0].layer if self.cuts else len(self.anatomy.layers)
-        statistics.tokens_per_layer *= layers_before
-
-    def _cut(
-        self, number: int, index: int, hidden: Float[Tensor, "B M D"], args: tuple, kwargs: dict[str, Any]
-    ) -> Float[Tensor, "B M D"]:
+    def _cut(self, number: int, hidden: Float[Tensor, "B M D"], kwargs: dict[str, Any]) -> Float[Tensor, "B n D"]:
         """Go over to the next stage: some tokens leave, if this is a prompt."""
-        stage, past = self.stages[-1], self._past(number + 1, hidden)
-        rows = list(range(len(hidden)))
-        if self.is_prompt:
+        cut, stage = self.cuts[number], self.stages[-1]
+        past = self.past.past[number + 1] if self.past else self.stages[0].past
+        if self.is_prompt and self._anyone_leaves(number):
             scores = self.scores
-            if self.cuts[number].scored_at == index:
-                scores = self._read(index, args, {**kwargs, **{k: v for k, v in self.inputs.items() if k in kwargs}})
-            chosen = [self._choose(row, number, hidden, scores, kwargs.get("past_key_values")) for row in rows]
+            if cut.scored_at == cut.layer:
+                scores = self._read(cut.layer, hidden, kwargs | {k: v for k, v in self.inputs.items() if k in kwargs})
+            assert scores is not None, "a cut behind the layer that is to decide"
+            cache = _cache_in(kwargs)
+            chosen = [self._choose(row, number, hidden, scores, cache) for row in range(len(hidden))]
             new, sources = next_stage(stage, [slots for slots, _ in chosen], past, self.width)
-            hidden = hidden_at(hidden, sources, new.is_token)
-            hidden = self._with_values(hidden, chosen)
-            self._note_cut(number, new)
+            hidden = _with_values(hidden_at(hidden, sources, new.is_token), chosen)
         else:
             new = Stage(stage.columns, stage.is_token, past)
             sources = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
+        self.scores = None
         self.stages.append(new)
-        self._set_inputs(index, hidden, sources, kwargs)
+        if self.is_prompt:
+            until = self.cuts[number + 1].layer if number + 1 < len(self.cuts) else len(self.anatomy.layers)
+            self.notes.cut(cut.layer, until - cut.layer, new)
+        self._set_inputs(cut.layer, hidden, sources, kwargs)
         return hidden
 
+    def _anyone_leaves(self, number: int) -> bool:
+        stage, num_layers = self.stages[-1], len(self.anatomy.layers)
+        return any(
+            self.pruner.leaves_at_cut(
+                number, tuple(len(stage.slots(columns, row)) for columns in items), self.entered[row], num_layers
+            )
+            for row, items in enumerate(self.items)
+            if items
+        )
+
     def _choose(
-        self,
-        row: int,
-        number: int,
-        hidden: Float[Tensor, "B M D"],
-        scores: QueriesKeys | None,
-        cache: Cache | None,
+        self, row: int, number: int, hidden: Float[Tensor, "B M D"], scores: QueriesKeys, cache: Cache | None
     ) -> tuple[Int[Tensor, " _"], list[tuple[Int[Tensor, " _"], Tensor]]]:
         """The slots of a row that stay, in their new order; and new values of some, by their places in that order."""
         stage, cut = self.stages[-1], self.cuts[number]
@@ -194,50 +227,42 @@ class Forward:
         held = [stage.slots(columns, row) for columns in self.items[row]]
         if not any(map(len, held)):
             return slots, []
-        assert scores is not None, "a cut behind the layer that is to decide"
-        past = self._past(number + 1, hidden) if cut.scored_at == cut.layer else stage.past
         first = int(slots[0])  # slots without tokens come first
         seen = Row(
             hidden[row, slots],
             tuple(item - first for item in held),
-            scores.queries[row, :, slots],
-            torch.cat([_cached_keys(cache, cut.scored_at, row, past[row], scores), scores.keys[row, :, slots]], dim=1),
+            scores.queries[row][:, slots],
+            torch.cat([self._cached_keys(cache, cut.scored_at, row, scores), scores.keys[row][:, slots]], dim=1),
             scores.scaling,
+            self._embedded(row),
         )
         selections = self.pruner.select_at_cut(seen, number, self.entered[row], len(self.anatomy.layers))
-        order = torch.full((hidden.shape[1],), -1, dtype=torch.long, device=hidden.device)
-        order[slots] = slots
-        values = []
-        for item, (slots_of_item, selection) in enumerate(zip(held, selections, strict=True)):
-            if selection is None:
-                continue
-            kept = selection.kept
-            if self.pruner.positions == "original":
-                kept, by_place = kept.sort()
-            else:
-                by_place = torch.arange(len(kept), device=kept.device)
-            order[slots_of_item] = -1
-            order[slots_of_item[kept.sort().values]] = slots_of_item[kept]
-            if selection.values is not None:
-                values.append((slots_of_item[kept], selection.values[by_place]))
-            self._note_merges(row, item, number, slots_of_item, selection.merged_into, selection.kept)
-        left = order[order >= 0]
-        places = {int(slot): place for place, slot in enumerate(left.tolist())}
-        at = [torch.tensor([places[slot] for slot in own.tolist()], dtype=torch.long) for own, _ in values]
-        return left, [(place.to(left.device), value) for place, (_, value) in zip(at, values, strict=True)]
+        self.notes.merges(cut.layer, stage, row, selections)
+        return slots_left(slots, held, selections, is_reordered=self.is_compacted)
 
-    @staticmethod
-    def _with_values(hidden: Float[Tensor, "B M D"], chosen: list) -> Float[Tensor, "B M D"]:
-        for row, (left, values) in enumerate(chosen):
-            num_empty = hidden.shape[1] - len(left)
-            for places, value in values:
-                hidden[row, places + num_empty] = value.to(hidden.dtype)
-        return hidden
+    def _cached_keys(self, cache: Cache | None, layer: int, row: int, like: QueriesKeys) -> Float[Tensor, "H P d"]:
+        """The keys that a layer's cache holds of a row's earlier tokens, a head for each query head."""
+        num_heads = like.queries.shape[1]
+        past = self.stages[0].past[row]
+        if self.past is not None:
+            past = self.past.past[sum(cut.layer <= layer for cut in self.cuts)][row]
+        if cache is None or not bool(past.any()):
+            return like.keys.new_zeros(num_heads, 0, like.keys.shape[-1])
+        keys = cache.layers[layer].keys[row].to(like.keys.device)[:, past]
+        return keys.repeat_interleave(num_heads // keys.shape[0], dim=0)
 
-    def _read(self, index: int, args: tuple, kwargs: dict[str, Any]) -> QueriesKeys:
+    def _embedded(self, row: int) -> Embedded:
+        """The tokens of a row as they entered."""
+        stage = self.stages[0]
+        slots = stage.is_token[row].nonzero()[:, 0]
+        items = tuple(stage.slots(columns, row) - int(slots[0]) for columns in self.items[row])
+        assert self.embeds is not None
+        return Embedded(self.embeds[row, slots], items)
+
+    def _read(self, index: int, hidden: Float[Tensor, "B M D"], kwargs: dict[str, Any]) -> QueriesKeys:
         self.is_scoring = True
         try:
-            return queries_and_keys(self.anatomy.layers[index], args, kwargs)
+            return queries_and_keys(self.anatomy.layers[index], (hidden,), kwargs)
         finally:
             self.is_scoring = False
 
@@ -247,79 +272,83 @@ class Forward:
         """What the layers of the stage just begun get beside their hidden states."""
         stage, body = self.stages[-1], self.anatomy.body
         assert self.positions is not None
-        embeddings = self.inputs["position_embeddings"]
-        if self.pruner.positions == "compacted":
+        embeddings = self.inputs.get("position_embeddings", kwargs.get("position_embeddings"))
+        if embeddings is None:
+            raise _no_rotary_positions(body)
+        if self.is_compacted:
             self.positions = stage.compacted_positions()
-            if embeddings is not None:
-                embeddings = body.rotary_emb(hidden, position_ids=self.positions)
+            embeddings = body.rotary_emb(hidden, self.positions)
         else:
             self.positions = gathered(self.positions, sources, -1)
-            if embeddings is not None:
+            if isinstance(embeddings, Tensor):  # complex numbers, of DeepSeek
+                embeddings = gathered(embeddings, sources, -2)
+            else:
                 embeddings = tuple(gathered(one, sources, -2) for one in embeddings)
         mask = create_causal_mask(
             config=body.config,
             inputs_embeds=hidden,
             attention_mask=stage.mask,
-            past_key_values=kwargs.get("past_key_values"),
+            past_key_values=_cache_in(kwargs),
             layer_idx=index,
         )
         self.inputs = {"position_ids": self.positions, "position_embeddings": embeddings, "attention_mask": mask}
-
-    def _note_cut(self, number: int, stage: Stage) -> None:
-        statistics = self.pruner.statistics
-        layer = self.cuts[number].layer
-        until = self.cuts[number + 1].layer if number + 1 < len(self.cuts) else len(self.anatomy.layers)
-        statistics.tokens_per_layer += [stage.counts] * (until - layer)
-        for row, items in enumerate(self.items):
-            for item, columns in enumerate(items):
-                left = stage.columns[row, stage.slots(columns, row)]
-                statistics.items[row][item].kept[layer] = torch.searchsorted(columns, left.sort().values)
-
-    def _note_merges(
-        self,
-        row: int,
-        item: int,
-        number: int,
-        slots: Int[Tensor, " _"],
-        merged_into: Tensor | None,
-        kept: Int[Tensor, " _"],
-    ) -> None:
-        if merged_into is None:
-            return
-        columns = self.items[row][item]
-        own = torch.searchsorted(columns, self.stages[-1].columns[row, slots])
-        into = torch.full_like(columns, -1)
-        into[own] = torch.where(merged_into >= 0, own[kept[merged_into.clamp(min=0)]], -1)
-        self.pruner.statistics.items[row][item].merged_into[self.cuts[number].layer] = into
+        self._set_unbroken_positions(stage)
 
     def _packed(self, kwargs: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
-        """Of a packed row: how long its segments are now."""
-        ends = torch.tensor(kwargs["segment_lengths"], device=stage.columns.device).cumsum(0)
-        segments = torch.bucketize(stage.columns[0], ends, right=True)
-        lengths = torch.bincount(segments, minlength=len(ends)).tolist()
-        return {"segment_lengths": tuple(lengths), "attention_mask": kwargs.get("attention_mask")}
+        """Of a packed row: how long its segments are now, and the mark that it has several."""
+        segments = segments_of(stage.columns[0], kwargs["segment_lengths"])
+        lengths = torch.bincount(segments, minlength=len(kwargs["segment_lengths"])).tolist()
+        inputs: dict[str, Any] = {"segment_lengths": tuple(lengths)}
+        if len(lengths) > 1:
+            width = stage.columns.shape[1]
+            inputs["attention_mask"] = segment_mask(
+                1, width, width, allow_is_causal_skip=False, device=stage.columns.device
+            )
+        return inputs
 
-    def _deep_features(
-        self, kwargs: Mapping[str, Any], is_visual: Bool[Tensor, "B T"], stage: Stage
-    ) -> dict[str, Any]:
-        """Of Qwen3-VL: what is added to visual tokens behind its first layers, for those that are left."""
-        if kwargs.get("visual_pos_masks") is None:
+    @staticmethod
+    def _packed_positions(stage: Stage, lengths: tuple[int, ...]) -> Int[Tensor, "1 M"]:
+        return places_in_segments(segments_of(stage.columns[0], lengths))[None]
+
+    def _deep_inputs(self, kwargs: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
+        """Of Qwen3-VL; where a cut comes in front of the last of them, they are not the language model's business."""
+        deep = DeepFeatures.of(kwargs)
+        if deep is None:
             return {}
-        is_left = torch.zeros_like(is_visual).scatter(1, stage.columns, stage.is_token)
-        marks = gathered(kwargs["visual_pos_masks"], stage.columns, -1) & stage.is_token
-        left = is_left[kwargs["visual_pos_masks"]]
-        return {
-            "visual_pos_masks": marks,
-            "deepstack_visual_embeds": [one[left] for one in kwargs["deepstack_visual_embeds"]],
-        }
+        if self.cuts and self.cuts[0].layer < len(deep.features):
+            self.deep = deep
+            return {"visual_pos_masks": None, "deepstack_visual_embeds": None}
+        return deep.inputs(stage)
 
 
-def _cached_keys(
-    cache: Cache | None, layer: int, row: int, past: Bool[Tensor, " P"], like: QueriesKeys
-) -> Float[Tensor, "H P d"]:
-    """The keys that a layer's cache holds of a row's earlier tokens, a head for each query head."""
-    num_heads = like.queries.shape[1]
-    if cache is None or not bool(past.any()):
-        return like.keys.new_zeros(num_heads, 0, like.keys.shape[-1])
-    keys = cache.layers[layer].keys[row, :, past]
-    return keys.repeat_interleave(num_heads // keys.shape[0], dim=0)
+def _named(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Hidden states, and what else a layer is given, by name; some language models hand it over by its place."""
+    if len(args) == 1:
+        return args[0], dict(kwargs)
+    names = list(inspect.signature(layer.forward).parameters)
+    given = dict(zip(names, args, strict=False)) | kwargs
+    return given.pop(names[0]), given
+
+
+def _cache_in(kwargs: Mapping[str, Any]) -> Cache | None:
+    """Of what a layer is given: families call it by different names."""
+    return next((value for value in kwargs.values() if isinstance(value, Cache)), None)
+
+
+def _with_values(
+    hidden: Float[Tensor, "B M D"], chosen: list[tuple[Int[Tensor, " _"], list[tuple[Int[Tensor, " _"], Tensor]]]]
+) -> Float[Tensor, "B M D"]:
+    for row, (left, values) in enumerate(chosen):
+        num_empty = hidden.shape[1] - len(left)
+        for places, value in values:
+            at = places + num_empty
+            hidden = hidden.index_put((torch.full_like(at, row), at), value.to(hidden.dtype))
+    return hidden
+
+
+def _no_rotary_positions(body: nn.Module) -> OptionError:
+    return OptionError(
+        f"cuts between the layers of a {type(body).__name__}, whose layers are not handed rotary positions",
+        expected="a language model with rotary positions, as all newer ones have",
+        do="choose a pruner that works in front of the language model, such as visionzip or divprune",
+    )

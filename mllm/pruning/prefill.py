@@ -7,6 +7,7 @@ for it. Each slot knows its *column*, the place of its token in the prompt as it
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -106,7 +107,60 @@ def hidden_at(
 
 
 def spread(hidden: Float[Tensor, "B M D"], stage: Stage, width: int) -> Float[Tensor, "B T D"]:
-    """Hidden states back at the columns of their tokens, zeros elsewhere: what a caller expects of a forward."""
-    hidden = hidden.masked_fill(~stage.is_token[..., None], 0.0)
-    index = stage.columns[..., None].expand(hidden.shape)
-    return hidden.new_zeros(len(hidden), width, hidden.shape[-1]).scatter(1, index, hidden)
+    """Hidden states back at the columns of their tokens: what a caller expects of a forward.
+
+    A column whose token has left shows the last token before it that is still there, from which follows what comes
+    next; zeros where there is none.
+    """
+    slots = torch.arange(hidden.shape[1], device=hidden.device).expand_as(stage.columns)
+    nowhere = torch.full((len(hidden), width), -1, device=hidden.device)
+    slot_of = nowhere.scatter(1, stage.columns, slots.masked_fill(~stage.is_token, -1))
+    columns = torch.arange(width, device=hidden.device).expand_as(slot_of)
+    last = columns.masked_fill(slot_of < 0, -1).cummax(dim=1).values
+    return hidden_at(hidden, slot_of.gather(1, last.clamp(min=0)).clamp(min=0), last >= 0)
+
+
+def slots_left(
+    slots: Int[Tensor, " n"], held: Sequence[Int[Tensor, " _"]], selections: Sequence[Any], *, is_reordered: bool
+) -> tuple[Int[Tensor, " m"], list[tuple[Int[Tensor, " _"], Tensor]]]:
+    """The slots of a row that stay, in their new order; and new hidden states, with their places in that order.
+
+    Args:
+        slots: That hold its tokens, in order.
+        held: Those of each of its visual items.
+        selections: For each of these a `Selection`, or None to keep all.
+        is_reordered: Whether an item's tokens take the order that its selection has them in.
+    """
+    order = torch.full((int(slots[-1]) + 1,), -1, dtype=torch.long, device=slots.device)
+    order[slots] = slots
+    for own, selection in zip(held, selections, strict=True):
+        if selection is not None:
+            order[own] = -1
+            sources = own[selection.kept]
+            order[sources.sort().values if is_reordered else sources] = sources
+    left = order[order >= 0]
+    places = torch.empty_like(order).scatter(0, left, torch.arange(len(left), device=left.device))
+    values = [
+        (places[own[selection.kept]], selection.values)
+        for own, selection in zip(held, selections, strict=True)
+        if selection is not None and selection.values is not None
+    ]
+    return left, values
+
+
+def segments_of(columns: Int[Tensor, " M"], lengths: Sequence[int]) -> Int[Tensor, " M"]:
+    """Which segment of a packed row each column is in."""
+    ends = torch.tensor(lengths, device=columns.device).cumsum(0)
+    return torch.bucketize(columns, ends, right=True)
+
+
+def places_in_segments(segments: Int[Tensor, " M"]) -> Int[Tensor, " M"]:
+    """Positions counted anew from 0 in each segment."""
+    counts = torch.bincount(segments)
+    starts = counts.cumsum(0) - counts
+    return torch.arange(len(segments), device=segments.device) - starts[segments]
+
+
+def num_shared_at_end(is_shared: Bool[Tensor, "B T"]) -> int:
+    """How many columns at the end are such in all rows."""
+    return int(is_shared.all(dim=0).flip(0).cumprod(0).sum())

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, PreTrainedConfig
+from transformers import AttentionInterface, Cache, PreTrainedConfig
 
 from mllm.errors import OptionError
 from mllm.shapes import Float, Tensor
@@ -47,8 +47,8 @@ def queries_and_keys(layer: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -
         OptionError: Its attention is computed in some other way.
     """
     AttentionInterface.register(_READING, _stop_at_scores)  # again and again: nothing happens at import
-    without_cache = {**kwargs, "past_key_values": None, "use_cache": False}
-    without_cache = {name: value for name, value in without_cache.items() if name in kwargs}
+    without_cache = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
+    without_cache |= {name: False for name in ("use_cache",) if name in kwargs}
     try:
         with _reading(layer):
             layer(*args, **without_cache)

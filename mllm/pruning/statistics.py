@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+import torch
+
 from mllm.shapes import Int, Tensor
 
 
@@ -20,6 +22,23 @@ class ItemStages:
     num_tokens: int
     kept: dict[int, Int[Tensor, " n"]] = field(default_factory=dict)
     merged_into: dict[int, Int[Tensor, " V"]] = field(default_factory=dict)
+
+    def note_merges(
+        self, layer: int, kept: Int[Tensor, " n"], merged_into: Int[Tensor, " here"] | None, own: Int[Tensor, " here"]
+    ) -> None:
+        """Note what was merged.
+
+        Args:
+            layer: In front of which one.
+            kept: See `Selection`, as `merged_into`.
+            merged_into: None where nothing was.
+            own: Of the tokens at hand, their places among all of the item's.
+        """
+        if merged_into is None:
+            return
+        into = torch.full((self.num_tokens,), -1, dtype=torch.long, device=own.device)
+        into[own] = torch.where(merged_into >= 0, own[kept[merged_into.clamp(min=0)]], -1)
+        self.merged_into[layer] = into
 
 
 @dataclass

@@ -14,6 +14,7 @@ from transformers import HfArgumentParser
 from mllm.data.mixture_file import read_mixture
 from mllm.errors import OptionError
 from mllm.training.argument_checks import check_batching, check_names, check_values, read_parts
+from mllm.training.cross_tokens import check_cross_tokens, read_cross_tokens
 from mllm.training.options import COMMON, UNSUPPORTED, SftArguments
 from mllm.training.sharding import require_deepspeed
 
@@ -125,6 +126,8 @@ def build_arguments(
     check_batching(arguments, options, where)
     arguments.check(where)
     arguments.parts = read_parts(arguments.parts)
+    arguments.cross_tokens = read_cross_tokens(arguments.cross_tokens, where)
+    check_cross_tokens(arguments, where)
     shared = {"on_bad": arguments.on_bad, "max_bad_rate": arguments.max_bad_rate}
     arguments.data = read_mixture(arguments.data, root=arguments.data_root, shared=shared)
     if arguments.eval_data is not None:

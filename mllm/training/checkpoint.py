@@ -6,12 +6,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from mllm.checkpoints import COMPLETE, atomic_directory, is_complete, read_complete
 from mllm.errors import CheckpointError
 from mllm.processing import TrainingProcessor
+from mllm.pruning.cross_tokens import PARAMETER, parted, save_cross_tokens
 from mllm.training.run_record import RUN_RECORD
 
 PREFIX = "checkpoint-"
@@ -46,6 +48,9 @@ def write_weights(
             be moved as a whole.
         state_dict: Gathered weights, where the model's own are sharded.
     """
+    state_dict, tokens = _without_cross_tokens(model, state_dict)
+    if tokens:
+        save_cross_tokens(directory, tokens)
     if isinstance(model, PeftModel):
         model.peft_config["default"].base_model_name_or_path = os.path.relpath(base, home)
         model.save_pretrained(directory, state_dict=state_dict, save_embedding_layers=False)
@@ -54,6 +59,16 @@ def write_weights(
         model.save_pretrained(directory, state_dict=state_dict)
     processor.save_pretrained(directory)
     (directory / RUN_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _without_cross_tokens(
+    model: PreTrainedModel | PeftModel, state_dict: dict | None
+) -> tuple[dict | None, dict[str, torch.Tensor]]:
+    """The weights that are written with a model, and its cross tokens, which are written beside them."""
+    if not any(name.rpartition(".")[2] == PARAMETER for name, _ in model.named_parameters()):
+        return state_dict, {}
+    rest, tokens = parted(model.state_dict() if state_dict is None else state_dict)
+    return (None if state_dict is None and isinstance(model, PeftModel) else rest), tokens
 
 
 def require_weights(checkpoint: Path) -> None:

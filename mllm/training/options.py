@@ -9,9 +9,7 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 
 from mllm.data.examples import OVERLONG
-from mllm.data.mixture_file import MixtureOptions
 from mllm.data.sources import ON_BAD
-from mllm.models.parts import PartOptions
 
 BATCHING = ("random", "length", "packed")
 """How rows become micro-batches."""
@@ -132,6 +130,13 @@ class SftArguments(TrainingArguments):
             "computes them again; relative to output_dir; null for none."
         },
     )
+    cross_tokens: Any = field(
+        default=None,
+        metadata={
+            "help": "Train under CrossGET, with fewer visual tokens and cross tokens that are learned: a mapping with "
+            "r or tokens, importance, proportional, positions, weight (of the alignment loss), kl."
+        },
+    )
     eval_data: Any = field(
         default=None, metadata={"help": "Sources to validate on, written like `data`; the loss is given by source."}
     )
@@ -183,7 +188,8 @@ class SftArguments(TrainingArguments):
 
 OWN = (
     "model", "parts", "chat_template", "data", "data_root", "max_length", "overlong", "on_bad", "max_bad_rate",
-    "dtype", "batching", "pack_length", "encoder_chunk", "feature_cache", "eval_data", "eval_sample_steps", "dry_run",
+    "dtype", "batching", "pack_length", "encoder_chunk", "feature_cache", "cross_tokens", "eval_data",
+    "eval_sample_steps", "dry_run",
 )  # fmt: skip
 CHOICES = {
     "overlong": OVERLONG, "on_bad": ON_BAD, "dtype": ("auto", "float32", "bfloat16"), "batching": BATCHING,
@@ -218,4 +224,5 @@ COMMON = (
 
 
 def _plain(value: Any) -> Any:
-    return dataclasses.asdict(value) if isinstance(value, MixtureOptions | PartOptions) else str(value)
+    is_options = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    return dataclasses.asdict(value) if is_options else str(value)

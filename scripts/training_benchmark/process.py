@@ -71,13 +71,13 @@ def in_new_process(spec: dict[str, Any], *, threads: int) -> dict[str, Any]:
     return spec | measured | {"process_seconds": seconds}
 
 
-def machine(threads: int | None) -> dict[str, Any]:
+def machine(threads: int | None, *, libraries: tuple[str, ...] = LIBRARIES) -> dict[str, Any]:
     """What the figures were measured on, and with.
 
     Raises:
-        MllmError: TRL is not installed.
+        MllmError: TRL is among the libraries, and is not installed.
     """
-    if find_spec("trl") is None:
+    if "trl" in libraries and find_spec("trl") is None:
         raise MllmError(
             "no TRL to compare with", expected="the extra `bench`", do="install it: pip install --editable '.[bench]'"
         )
@@ -93,7 +93,7 @@ def machine(threads: int | None) -> dict[str, Any]:
         "load_before": os.getloadavg()[0],
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in LIBRARIES},
+        "versions": {name: version(name) for name in libraries},
         "time": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }
 

@@ -22,7 +22,9 @@ def program():
 
 @pytest.fixture
 def steps(program, tmp_path):
-    args = argparse.Namespace(methods=list(program["METHODS"]), sft_steps=300, scenes=100, tau=0.9, set=[])
+    args = argparse.Namespace(
+        methods=list(program["METHODS"]), sft_steps=300, scenes=100, tau=0.9, tasks=["caption"], set=[]
+    )
     return program["steps"](3, tmp_path / "quickstart", tmp_path / "out", args)
 
 

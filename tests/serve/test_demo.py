@@ -40,38 +40,25 @@ def reader(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(reader, tmp_path_factory):
     """The address of a page over the tiny model."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log.txt"
-    command = [sys.executable, "serve/demo.py", "--model", reader, "--port", str(port), "--max_seconds", "3"]
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [*command, "--max_new_tokens", "48", "--max_upload_mb", "1"], cwd=ROOT, stdout=output, stderr=output
-        )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        _wait_for(address, process, log)
+    with _served(reader, tmp_path_factory.mktemp("server"), "--max_seconds", "3", "--max_upload_mb", "1") as address:
         yield address
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 @pytest.fixture(scope="module")
-def page(server, chromium):
+def browser(chromium):
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1100, "height": 850})
-        page.set_default_timeout(60_000)
-        page.goto(server)
-        page.locator("textarea").first.wait_for()
-        yield page
-        if shots := os.environ.get("MLLM_SCREENSHOTS"):
-            page.screenshot(path=Path(shots, "demo.png"))
+        yield browser
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def page(server, browser):
+    page = _opened(browser, server)
+    yield page
+    _shoot(page, "demo.png")
 
 
 def _picture(path: Path, side: int) -> Path:
@@ -143,11 +130,68 @@ def test_an_oversized_file_is_refused(page, tmp_path):
     _rest(page)
 
 
+@pytest.mark.browser
+def test_under_a_pruner_the_page_shows_what_is_left_of_each_picture(reader, browser, tmp_path):
+    with _served(reader, tmp_path, "--pruner", "uniform", "tokens=2") as address:
+        page = _opened(browser, address)
+        drawn = page.locator(".grid-container img")
+        _ask(page, "Hello?")
+        _rest(page)
+        assert drawn.count() == 0
+        for number in (1, 2):  # all pictures of the conversation, each time
+            _upload(page, _picture(tmp_path / f"scene{number}.png", 48 + number))
+            assert _ask(page, "What is in the picture?").inner_text()
+            drawn.nth(number - 1).wait_for()
+            _rest(page)
+            assert drawn.count() == number
+        assert not page.get_by_text("No answer").count()
+        _shoot(page, "demo_pruner.png")
+
+
+def test_a_pruner_that_is_not_there(tmp_path):
+    command = [sys.executable, "serve/demo.py", "--model", tmp_path, "--pruner", "fewest", "tokens=2"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2
+    assert "pruner 'fewest'" in run.stderr and "uniform" in run.stderr and "Traceback" not in run.stderr
+
+
 def test_a_model_that_is_not_there(tmp_path):
     command = [sys.executable, "serve/demo.py", "--model", tmp_path]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 2
     assert "holds no finished checkpoint" in run.stderr and "Traceback" not in run.stderr
+
+
+@contextlib.contextmanager
+def _served(model: Path, folder: Path, *options: str):
+    """A server of the page; its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = folder / "log.txt"
+    command = [sys.executable, "serve/demo.py", "--model", model, "--port", str(port), "--max_new_tokens", "48"]
+    with log.open("w") as output:
+        process = subprocess.Popen([*command, *options], cwd=ROOT, stdout=output, stderr=output)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        _wait_for(address, process, log)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _opened(browser, address: str):
+    page = browser.new_page(viewport={"width": 1100, "height": 850})
+    page.set_default_timeout(60_000)
+    page.goto(address)
+    page.locator("textarea").first.wait_for()
+    return page
+
+
+def _shoot(page, name: str) -> None:
+    if shots := os.environ.get("MLLM_SCREENSHOTS"):
+        page.screenshot(path=Path(shots, name), full_page=True)
 
 
 def _wait_for(address: str, process: subprocess.Popen, log: Path) -> None:
