@@ -165,7 +165,9 @@ class _Rows:
             for row, order in enumerate(self.orders):
                 positions[row, order] = torch.arange(len(order))
             return positions.to(self.device)
-        given = self.seen.kwargs["position_ids"]
+        given = self.seen.kwargs.get("position_ids")
+        if given is None:
+            return torch.arange(self.width, device=self.device).expand(self.num_rows, -1)
         num_more = self.width - given.shape[-1]
         return torch.cat([given, given[..., -1:] + torch.arange(1, num_more + 1, device=self.device)], dim=-1)
 

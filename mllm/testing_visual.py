@@ -123,6 +123,13 @@ def _single(model: PreTrainedModel) -> Rows:
     return {"pixel_values": _pixels(3, 3, IMAGE_SIDE, IMAGE_SIDE)}, [[("image", [4])] * 2, [("image", [4])]]
 
 
+def _any_size(model: PreTrainedModel) -> Rows:
+    """LLaVA with a Pixtral, which reads pictures of any size as one sequence: two pictures, and one."""
+    sizes = torch.tensor([[8, 16], [16, 16], [12, 4]])
+    tensors = {"pixel_values": _pixels(3, 3, IMAGE_SIDE, IMAGE_SIDE), "image_sizes": sizes}
+    return tensors, [[("image", [8]), ("image", [16])], [("image", [3])]]
+
+
 def _tiled(model: PreTrainedModel) -> Rows:
     """LLaVA-NeXT: a wide picture, a high and thin one, a square one; tiles that a picture lacks are zeros."""
     sizes = torch.tensor([[10, 30], [40, 12], [30, 30]])
@@ -202,8 +209,23 @@ def _of_patches(model: PreTrainedModel, images: list[tuple], video: tuple, runs:
 
 _GRIDS = [[IMAGE_SIDE * rows, IMAGE_SIDE * columns] for rows in range(1, 5) for columns in range(1, 5)]
 
+_PIXTRAL = {
+    "vision_config": {
+        "model_type": "pixtral",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": IMAGE_SIDE,
+        "patch_size": 4,
+    },
+    "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "full",
+}
+
 VISUAL_BATCHES: dict[str, tuple[str, dict[str, Any], Callable[[PreTrainedModel], Rows]]] = {
     "llava": ("llava", {}, _single),
+    "llava, pixtral": ("llava", _PIXTRAL, _any_size),
     "llava_next": ("llava_next", {}, _tiled),
     "llava_onevision": ("llava_onevision", {}, _images_and_video),
     "llava_onevision, large": ("llava_onevision", {"image_grid_pinpoints": _GRIDS}, _large),

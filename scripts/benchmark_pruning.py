@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="random models to measure")
     parser.add_argument("--methods", nargs="+", default=_in_order(), help="names, or names with options in one word")
     parser.add_argument("--budgets", nargs="+", type=int, default=[], help="tokens to keep; each shape has its own")
-    parser.add_argument("--repeats", type=int, help="rounds; 3 by default")
+    parser.add_argument("--repeats", type=int, help="rounds; 5 by default")
     parser.add_argument("--new_tokens", type=int, help="of an answer; 16 by default")
     parser.add_argument(
         "--batch", type=int, help="prompts at once; by default 1, on a GPU also as many as are found to keep it busy"
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     facts = machine(args.threads, libraries=LIBRARIES)
     torch.set_num_threads(facts["threads"])
     cases: list[dict[str, Any]] = []
-    rounds = {"repeats": args.repeats or (2 if args.quick else 3), "new_tokens": args.new_tokens or 16}
+    rounds = {"repeats": args.repeats or (2 if args.quick else 5), "new_tokens": args.new_tokens or 16}
     for take in subjects(args):
         subject, accuracy = take()
         for times in batches(args, subject):

@@ -26,8 +26,8 @@ from mllm.evaluation.digits import TASKS_OF
 from mllm.evaluation.quickstart_report import draw_chat, format_table, summarize
 
 ROOT = Path(__file__).resolve().parent.parent
-BUDGET = {"data": 12, "backbones": 175, "train": 255, "look": 7, "evaluate": 18} | {
-    "prune": 25, "prefer": 85, "export": 12, "chat": 6
+BUDGET = {"data": 12, "backbones": 170, "train": 252, "look": 7, "evaluate": 16} | {
+    "prune": 25, "prefer": 100, "export": 12, "chat": 6
 }  # fmt: skip
 """Seconds each step may take on two cores: the spine eight minutes, with `prune` and `prefer` ten."""
 MEDIA_BUDGET = {"data": 15, "videos": 20, "sounds": 22, "backbones": 290, "whisper": 48} | {
@@ -122,7 +122,7 @@ def picture_steps(out: Path, seed: int) -> dict[str, list]:
         + ["--items", 100, "--no_blank", "--picture", out / "pruning.png"]
         + [word for name in PRUNERS for budget in TOKENS for word in ("--pruner", name, f"tokens={budget}")],
         "prefer": ["scripts/digits_preference.py", out, "--out", out / "preference", "--methods", "rdpo"]
-        + ["--tasks", "caption", "presence", "--set", "stages.prefer.max_steps=40"],
+        + ["--tasks", "caption", "presence"],
         "export": ["scripts/export.py", model, "--out", out / "export", "--rows", data / "eval" / "caption.jsonl"],
         "chat": ["scripts/chat.py", model, "--image", picture(out) if (out / "data").exists() else ""],
     }

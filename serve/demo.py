@@ -18,7 +18,7 @@ from PIL import Image
 from mllm.errors import MediaError, MllmError, RowError, user_errors
 from mllm.inference import Chat, MediaLimits
 from mllm.inference.history import NO_ANSWER, messages_from_gradio
-from mllm.inference.pruned_media import draw_kept
+from mllm.inference.pruned_media import draw_kept, stacked
 from mllm.pruning import Pruner, build_pruner
 from mllm.pruning.statistics import ItemStages
 
@@ -102,16 +102,14 @@ def build_page(chat: Chat, args: argparse.Namespace, *, uploads: Path) -> gr.Blo
     if chat.pruner is None:
         return build_conversation(chat, args, uploads=uploads, kept=None)
     with gr.Blocks(title=Path(args.model).resolve().name, delete_cache=CACHE, analytics_enabled=False) as page:
-        kept = gr.Gallery(
-            show_label=False, columns=1, height="auto", object_fit="contain", format="png", visible=False, render=False
-        )
+        kept = gr.Image(show_label=False, interactive=False, format="png", visible=False, render=False, elem_id="kept")
         build_conversation(chat, args, uploads=uploads, kept=kept)
         kept.render()
     return page
 
 
 def build_conversation(
-    chat: Chat, args: argparse.Namespace, *, uploads: Path, kept: gr.Gallery | None
+    chat: Chat, args: argparse.Namespace, *, uploads: Path, kept: gr.Image | None
 ) -> gr.ChatInterface:
     """A conversation, a box to write and attach in, and two settings; `kept` gets what a pruner left of pictures."""
     kinds = chat.processor.media_kinds
@@ -120,7 +118,11 @@ def build_conversation(
     def shown(message: dict, pictures: list[Image.Image] | None = None) -> Any:
         if kept is None:
             return message
-        return message, gr.skip() if pictures is None else gr.Gallery(pictures, visible=bool(pictures))
+        if pictures is None:
+            return message, gr.skip()
+        return message, gr.Image(
+            stacked([("", one) for one in pictures]) if pictures else None, visible=bool(pictures)
+        )
 
     def answer(message: dict, history: list[dict], max_new_tokens: float, temperature: float) -> Iterator[Any]:
         try:
@@ -149,7 +151,8 @@ def build_conversation(
         answer,
         multimodal=True,
         title=f"Chat with {Path(args.model).resolve().name}",
-        description=HELP.format(things) + (f" It gets fewer tokens, by {' '.join(args.pruner)}." if args.pruner else ""),
+        description=HELP.format(things)
+        + (f" It gets fewer tokens, by {' '.join(args.pruner)}." if args.pruner else ""),
         chatbot=gr.Chatbot(
             show_label=False,
             height="62vh",

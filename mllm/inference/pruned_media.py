@@ -1,8 +1,9 @@
 """Pictures of what a pruner left of the media of a conversation, patch by patch."""
 
+import textwrap
 from collections.abc import Sequence
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from mllm.inference.prompt import Messages, encode_prompt
@@ -12,6 +13,8 @@ from mllm.pruning.picture import draw_stages, view_as_seen
 from mllm.pruning.statistics import ItemStages
 
 VISUAL = ("image", "video")
+MARGIN, LETTERS, LINE = 16, 15, 20
+PAPER, INK = (255, 255, 255), (0, 0, 0)
 
 
 def draw_kept(processor: TrainingProcessor, messages: Messages, items: Sequence[ItemStages]) -> list[Image.Image]:
@@ -33,6 +36,21 @@ def draw_item(processor: TrainingProcessor, medium: MediaInput, stages: ItemStag
     """A picture or video, stage by stage; see `mllm.pruning.picture.draw_stages`."""
     views = views_of(processor, medium)
     return draw_stages(views, stages, _grid(len(views), stages.num_tokens))
+
+
+def stacked(pictures: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Pictures under each other, each with a text above it."""
+    width = max(drawn.width for _, drawn in pictures)
+    texts = [textwrap.wrap(text, max(width * 2 // LETTERS, 20)) for text, _ in pictures]
+    heights = [MARGIN + LINE * len(text) + drawn.height for text, (_, drawn) in zip(texts, pictures, strict=True)]
+    canvas = Image.new("RGB", (width + 2 * MARGIN, sum(heights) + MARGIN), PAPER)
+    draw, top = ImageDraw.Draw(canvas), MARGIN
+    for text, (_, drawn), height in zip(texts, pictures, heights, strict=True):
+        for number, line in enumerate(text):
+            draw.text((MARGIN, top + LINE * number), line, fill=INK, font=ImageFont.load_default(size=LETTERS))
+        canvas.paste(drawn, (MARGIN, top + LINE * len(text)))
+        top += height
+    return canvas
 
 
 def views_of(processor: TrainingProcessor, medium: MediaInput) -> list[Image.Image]:

@@ -65,7 +65,7 @@ def _encode_image(backbone: PreTrainedModel, inputs: Mapping[str, Tensor]) -> An
 def _zero_of(features: Any) -> Float[Tensor, ""] | float:
     """Zero, and behind it everything that a tower gives to the language model."""
     if torch.is_tensor(features):
-        return 0.0 * features.sum()
+        return 0.0 * features.nansum()  # what a pruner has marked is no number
     if isinstance(features, Mapping):
         features = [value for name, value in features.items() if name not in _INNER]
     return sum((_zero_of(one) for one in features if one is not None), 0.0)

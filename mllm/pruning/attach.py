@@ -140,8 +140,8 @@ class Session:
         marks = {modality: self.input_ids == token for modality, token in self.anatomy.placeholders.items()}
         found = {modality: int(mark.sum()) for modality, mark in marks.items()}
         expected = {modality: sum(lengths.get(modality, ())) for modality in marks}
-        if not any(expected.values()):
-            return [[] for _ in embeds]  # a placeholder that a model happens to speak is a word
+        if not any(found.values()) or not any(expected.values()):
+            return [[] for _ in embeds]  # without media, a placeholder that a model happens to speak is a word
         if found != expected:
             raise RowError(
                 f"a forward with so many visual tokens: {found}, of items with {expected}",

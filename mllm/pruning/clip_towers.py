@@ -49,11 +49,6 @@ class MergingTextEncoder(MergingEncoder):
         self.is_text: Tensor | None = None
         self.lengths: list[int] = []
 
-    @property
-    def has_guide(self) -> bool:
-        """The end token is one."""
-        return True
-
     def note_ends(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """In front of the encoder: where each text ends."""
         ids = args[0] if args else kwargs["input_ids"]

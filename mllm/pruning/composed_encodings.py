@@ -3,11 +3,9 @@
 import torch
 from torch.func import functional_call
 
-from mllm.models.encoders import ENCODERS
 from mllm.models.media import Media, media_layout
 from mllm.models.mixed_configuration import MixedEncoderConfig
 from mllm.models.modeling import MllmModel, MllmTower
-from mllm.models.query_encoder import QueryEncoderConfig
 from mllm.pruning.encodings import MIXING, Encoding, SeenItem, square_grid
 from mllm.pruning.patches import Patches, at_places, connected_patches, feature_patches, in_view
 from mllm.shapes import EncoderFeatures, MediaVectors, Tensor
@@ -19,14 +17,8 @@ POINTWISE = ("linear", "mlp")
 
 def unread_encoder(backbone: MllmModel) -> str | None:
     """Why the image encoder of a model, which frames pass, too, tells nothing of its patches; None where it does."""
-    config = backbone.towers["image"].config.encoder_config
-    if isinstance(config, MixedEncoderConfig):
-        return "its features come from several encoders"
-    if isinstance(config, QueryEncoderConfig):
-        return "its encoder gives queries in place of patches"
-    if ENCODERS[config.model_type].features != "tokens":
-        return f"its encoder, {config.model_type}, has no attention between patches"
-    return None
+    is_joined = isinstance(backbone.towers["image"].config.encoder_config, MixedEncoderConfig)
+    return "its features are those of several encoders, or of queries" if is_joined else None
 
 
 def composed_encoding(

@@ -32,8 +32,9 @@ class CrossGet(Pruner):
     Args:
         r: How many tokens leave in each layer, in place of `tokens`. The paper takes 13 for LLaVA-1.5.
         text_r: The same for the texts of a `CLIPModel`, whose tower has no other budget; the paper takes 6.
-        importance: What makes a token stay: "attention", what it is paid (as for LLaVA); "cosine", how like its key is
-            to the query of the guide (as for CLIP); "none". The guide is the cross token, or the class token.
+        importance: What makes a token stay: "cosine", how like its key is to the query of the guide, as published for
+            CLIP; "attention", what it is paid, as published for LLaVA; "none". The guide is the cross token, or the
+            class token; without both, all patches together.
         proportional: Whether merged tokens are attended to as so many as they stand for.
         cross_tokens: Directory of a model that was tuned with cross tokens; "zeros" for tokens that carry the class
             token along and add nothing; None for no such tokens.
@@ -41,7 +42,7 @@ class CrossGet(Pruner):
 
     r: int | None = None
     text_r: int = 0
-    importance: str = "attention"
+    importance: str = "cosine"
     proportional: bool = True
     cross_tokens: str | None = None
     reading: EncoderReading | None = field(default=None, init=False, repr=False, compare=False)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mllm.errors import OptionError
 from mllm.models.parts import layers_of, parts_of
 from mllm.pruning.anatomy import Anatomy
 from mllm.pruning.base import Item
@@ -33,11 +34,27 @@ class EncoderHooks:
         self.forget()
 
     def take_hold(self, stack: ExitStack) -> None:
-        """Put hooks on the encoder's layers."""
+        """Put hooks on the encoder's layers.
+
+        Raises:
+            OptionError: It has no such layer.
+        """
         if not self.wanted:
             return
         names = layers_of(self.anatomy.model, parts_of(self.anatomy.model)["image.encoder"])
         for number in self.wanted:
+            if not -len(names) <= number < len(names):
+                raise OptionError(
+                    f"layer {number} of an encoder, of which {len(names)} layers are used",
+                    expected=f"one from 0 to {len(names) - 1}, or counted from the end, {-len(names)} to -1",
+                    do="choose a layer that the encoder has",
+                )
+            if not -len(names) <= number < len(names):
+                raise OptionError(
+                    f"layer {number} of an encoder with {len(names)} layers that the connector's input passes",
+                    expected=f"a layer from {-len(names)} to {len(names) - 1}",
+                    do="name another layer",
+                )
             layer = self.anatomy.model.get_submodule(names[number])
             stack.callback(layer.register_forward_pre_hook(self._before(number), with_kwargs=True).remove)
 

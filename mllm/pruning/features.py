@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mllm.errors import OptionError
 from mllm.models.media import Media
 from mllm.pruning.anatomy import Anatomy
 from mllm.pruning.base import Item, Pruner, Selection
@@ -73,11 +74,23 @@ class FeatureStage:
     def _generate(self, own: Callable) -> Callable:
         @wraps(own)
         def generate(inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+            self._check_chunks(kwargs)
             # Which encodes media before the first forward.
             self.start(kwargs.get("input_ids") if inputs is None else inputs)
             return own(inputs, *args, **kwargs)
 
         return generate
+
+    def _check_chunks(self, kwargs: Mapping[str, Any]) -> None:
+        """Where tokens leave between layers, all of a picture's have to come at once."""
+        config = kwargs.get("generation_config") or self.anatomy.model.generation_config
+        size = kwargs.get("prefill_chunk_size", config.prefill_chunk_size)
+        if size is not None and self.pruner.cuts(len(self.anatomy.layers)):
+            raise OptionError(
+                f"prefill_chunk_size = {size}, under a {type(self.pruner).__name__}, which cuts between layers",
+                expected="a prompt that is read at once, not in chunks",
+                do="generate without `prefill_chunk_size`, or under a pruner without cuts, such as visionzip",
+            )
 
     def _connect_media(self, media: Media, features: EncoderFeatures) -> Any:
         connected = type(self.anatomy.backbone).connect_media(self.anatomy.backbone, media, features)

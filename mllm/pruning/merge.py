@@ -71,9 +71,7 @@ def merged_into(kept: Int[Tensor, " n"], groups: Groups, num_tokens: int) -> Int
     return into
 
 
-def _sums(
-    values: Float[Tensor, "V D"], groups: Groups
-) -> tuple[Float[Tensor, "c D"], Float[Tensor, "c 1"]]:
+def _sums(values: Float[Tensor, "V D"], groups: Groups) -> tuple[Float[Tensor, "c D"], Float[Tensor, "c 1"]]:
     """Of the members of each group: their sum, and how many they are."""
     # A product, not an `index_add`, whose order of summation on a GPU is another at each run.
     is_of = functional.one_hot(groups.joined, len(groups.targets)).T.to(values.dtype)

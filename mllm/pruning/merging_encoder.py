@@ -46,7 +46,7 @@ class MergeOptions:
     Args:
         steps: How many of so many candidates leave in each layer.
         importance: "attention": what a token is paid by all, and once more by the guide; "cosine": how like its key is
-            to the guide's query; "none": all are alike.
+            to the guide's query (where there is no guide: to the mean of all queries); "none": all are alike.
         proportional: Whether a merged token is attended to as so many as it stands for.
     """
 
@@ -93,7 +93,6 @@ class MergingEncoder:
         self.carried: list[Tensor] = []
         """The cross token in front of each layer of the last forward [B, D]: what an alignment loss compares."""
         self.read: dict[str, Tensor] = {}
-        self._check_guide()
 
     def take_hold(self, stack: ExitStack) -> None:
         """Put the forward on the layers, and its removal on the stack.
@@ -115,11 +114,6 @@ class MergingEncoder:
             for name in ("q_proj", "k_proj"):
                 hook = partial(self._note, name)
                 stack.callback(attention.get_submodule(name).register_forward_hook(hook).remove)
-
-    @property
-    def has_guide(self) -> bool:
-        """Whether there is a token whose query says what is important."""
-        return self.cross_tokens is not None or self.num_prefix_tokens > 0
 
     @property
     def last(self) -> Slots:
@@ -228,8 +222,9 @@ class MergingEncoder:
         if self.options.importance == "none":
             return torch.zeros(keys.shape[:2], dtype=wide, device=keys.device)
         if self.options.importance == "cosine":
-            assert guide is not None
-            return torch.cosine_similarity(keys, hidden_at(queries, guide)[:, None], dim=-1)
+            # Without a guide, all patches together.
+            asked = queries.mean(dim=1) if guide is None else hidden_at(queries, guide)
+            return torch.cosine_similarity(keys, asked[:, None], dim=-1)
         return received_attention(self._heads(queries), self._heads(keys), mask, slots.is_token, guide)
 
     def _heads(self, vectors: Float[Tensor, "B t C"]) -> Float[Tensor, "B H t d"]:
@@ -237,14 +232,6 @@ class MergingEncoder:
 
     def _note(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
         self.read[name] = output
-
-    def _check_guide(self) -> None:
-        if self.options.importance == "cosine" and not self.has_guide:
-            raise OptionError(
-                "importance = 'cosine', and the encoder has no class token whose query could guide",
-                expected="an encoder with one, such as CLIP or DINOv2, or cross tokens",
-                do="set `importance` to attention or none, or set `cross_tokens`",
-            )
 
     def _check_attention(self, implementation: str) -> None:
         if self.options.proportional and "flash" in implementation:

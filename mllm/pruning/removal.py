@@ -1,10 +1,8 @@
 """How many tokens leave in each layer of an encoder."""
 
-from mllm.errors import OptionError
-
 
 def steady_steps(num_candidates: int, r: int, num_layers: int) -> list[int]:
-    """The same number in each layer, as long as each that leaves finds another that stays."""
+    """The same number in each layer, but never more than half of those that are left, as published."""
     steps = []
     for _ in range(num_layers):
         steps.append(min(r, num_candidates // 2))
@@ -13,22 +11,10 @@ def steady_steps(num_candidates: int, r: int, num_layers: int) -> list[int]:
 
 
 def steps_to(num_candidates: int, budget: int, num_layers: int) -> list[int]:
-    """About the same number in each layer, the first ones more, so that exactly so many are left.
+    """About the same number in each layer, the first ones more, so that exactly `budget` are left.
 
-    At most half of the tokens can leave in a layer, since each goes into one that stays.
-
-    Raises:
-        OptionError: There are too few layers for that.
+    In an encoder of few layers that may be more than half of those that are left: then several go into one.
     """
-    if num_candidates > budget * 2**num_layers:
-        raise OptionError(
-            f"{budget} of {num_candidates} patches, through {num_layers} layers of an encoder",
-            expected=f"{-(-num_candidates // 2**num_layers)} or more: at most half of them leave in each layer",
-            do="raise `tokens`",
-        )
-    steps = []
-    for layers_behind in reversed(range(num_layers)):
-        excess = max(num_candidates - budget, 0)
-        steps.append(max(-(-excess // (layers_behind + 1)), num_candidates - budget * 2**layers_behind))
-        num_candidates -= steps[-1]
-    return steps
+    excess = max(num_candidates - budget, 0)
+    each, rest = divmod(excess, num_layers)
+    return [each + (layer < rest) for layer in range(num_layers)]

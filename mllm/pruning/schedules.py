@@ -50,7 +50,7 @@ def from_all(average: int, lengths: Sequence[int], *, most: int) -> list[int]:
     `from_all(270, [8, 8, 8, 8], most=576)`: 288, 144, 72.
 
     Args:
-        average: Over all layers, as near as whole numbers come, and never more unless one token in each later layer is.
+        average: Over all layers, as near as whole numbers come, and no more, unless one token in each later layer is.
         lengths: Layers of each stretch, the first among them.
         most: How many tokens there are.
     """
@@ -64,7 +64,8 @@ def from_all(average: int, lengths: Sequence[int], *, most: int) -> list[int]:
 def whole(wished: Sequence[float], lengths: Sequence[int], total: int) -> list[int]:
     """Whole numbers, falling and at least one, as near to those wished for as a total over layers allows.
 
-    Fractions are cut off, then given back to the largest ones for as long as the total allows.
+    Fractions are cut off, then given back to the largest ones for as long as the total allows. Where even that is too
+    much, since each is one at least, the last stretches give way to the first.
 
     Args:
         wished: Of each stretch, falling.
@@ -74,9 +75,9 @@ def whole(wished: Sequence[float], lengths: Sequence[int], total: int) -> list[i
     counts = [max(1, math.floor(wish + 1e-9)) for wish in wished]
     rest = total - sum(map(operator.mul, counts, lengths))
     while rest < 0 and counts[0] > 1:
-        last_of_most = max(number for number, count in enumerate(counts) if count == counts[0])
-        counts[last_of_most] -= 1
-        rest += lengths[last_of_most]
+        last = max(number for number, count in enumerate(counts) if count > 1)
+        counts[last] -= 1
+        rest += lengths[last]
     for number in sorted(range(len(counts)), key=lambda number: counts[number] - wished[number]):
         has_fraction = wished[number] - counts[number] > 1e-9
         is_falling = number == 0 or counts[number] < counts[number - 1]

@@ -44,7 +44,7 @@ def match_tokens(
         metric: What similarity is the cosine of.
         importance: Of each token.
         is_candidate: False for tokens that neither leave nor take others in.
-        counts: How many leave of each sequence, at most half of its candidates.
+        counts: How many leave of each sequence, fewer than its candidates.
     """
     metric = metric.to(torch.promote_types(metric.dtype, torch.float32))
     directions = metric / metric.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(metric.dtype).tiny)

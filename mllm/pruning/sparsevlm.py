@@ -59,7 +59,7 @@ class SparseVLM(BetweenLayers):
         layers = _in_proportion(num_layers) if self.layers is None else self.layers
         is_fine = self.kept is None or len(self.kept) == len(layers)
         self.check("kept", is_fine, f"{len(layers)} numbers, for the cuts in front of the layers {list(layers)}")
-        return self.cuts_at(layers, num_layers, scored=0)
+        return self.cuts_at(layers, num_layers, scored=1)
 
     def left(self, num_tokens: int, num_layers: int) -> list[int]:
         """See `BetweenLayers.left`."""

@@ -7,6 +7,7 @@ ones), and the rest are merged into a few at equal distances (the contextual one
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -33,17 +34,20 @@ class VisionDrop(Pruner):
     four layers has a stretch for each; of one layer, that sees the average.
 
     In front of the language model the encoder ranks patches, and contextual tokens are merged on what the connector
-    reads and led through it where it turns each patch into a vector by itself, else on its vectors. Where a connector
-    mixes patches (a Q-Former, a resampler), the encoder's attention says nothing about vectors: they all enter, and
-    leave in front of the first layer, by the scores that cuts go by. The class token, which the published code hands
-    to the language model as one of the dominant ones, does not enter here: connectors have not learned to read it.
+    reads and led through it where it turns each patch into a vector by itself, else on its vectors. All views of an
+    item (tiles, frames) share its budget. Where a connector mixes patches (a Q-Former, a resampler), the encoder's
+    attention says nothing about vectors: they all enter, and leave in front of the first layer, by the scores that
+    cuts go by. The class token, which the published code hands to the language model as one of the dominant tokens,
+    does not enter here: connectors have not learned to read it.
 
     Args:
         contextual: Which share of the tokens that stay is merged ones, rounded up; 0 to drop without merging. An
             eighth is what was published (6 of 48, 5 of 35, 4 of 26, 3 of 19).
         first: Of how many times the average the first stretch is; 1.5 as published for pictures, 3 for videos.
-        ranking: What patches are ranked by in the encoder: "class" for what its class token pays them, as published
-            (of an encoder without one as "received"), or "received" for what they receive from all patches.
+        ranking: What enters: "class" for patches that the encoder's class token attends to most, as published (of an
+            encoder without one as "received"); "received" for those that get most from all patches; "language" for
+            all, to leave in front of the first layer, as where connectors mix.
+        encoder_layer: Whose attention that is: -1 for the layer whose output the connector reads, as published.
         scoring: What tokens are ranked by in the language model, what they receive from all of their item: "faithful"
             for attention as the model pays it, causally, by which the first win whatever they show; "corrected" lets
             them see each other both ways.
@@ -54,6 +58,7 @@ class VisionDrop(Pruner):
     contextual: float = 0.125
     first: float = 1.5
     ranking: str = "class"
+    encoder_layer: int = -1
     scoring: str = "corrected"
     merging: str = "sum"
 
@@ -68,7 +73,7 @@ class VisionDrop(Pruner):
     @property
     def encoder_layers(self) -> tuple[int, ...]:  # type: ignore[override]
         """See `Pruner.encoder_layers`."""
-        return () if self.ranking == "language" else (-1,)
+        return () if self.ranking == "language" else (self.encoder_layer,)
 
     def cuts(self, num_layers: int) -> tuple[Cut, ...]:
         """See `Pruner.cuts`. At the first nothing leaves that was reduced in front of the language model."""
@@ -87,7 +92,7 @@ class VisionDrop(Pruner):
             return None
         evidence = item.evidence
         scores = evidence.of_vectors(self._patch_scores(evidence), without=float("-inf"))
-        keys = evidence.of_vectors(evidence.mean_keys().float())
+        keys = evidence.of_vectors(evidence.mean_keys(self.encoder_layer).float())
         kept, groups = self._chosen(scores, keys, count)
         if groups is None:
             return Selection(kept)
@@ -149,10 +154,22 @@ class VisionDrop(Pruner):
 
     def _patch_scores(self, evidence: Evidence) -> Float[Tensor, " patches"]:
         if self.ranking == "class" and evidence.num_prefix_tokens > 0:
-            return evidence.class_attention()
-        return evidence.received_attention()
+            return evidence.class_attention(self.encoder_layer)
+        return evidence.received_attention(self.encoder_layer)
 
-    def _schedule(self, num_tokens: int, num_layers: int) -> list[int]:
-        """How many of an item's tokens each stretch of layers sees."""
-        lengths = lengths_of(starts_of(num_layers, NUM_STRETCHES), num_layers)
-        return geometric(self.budget(num_tokens), lengths, first=self.first, most=num_tokens)
+    def _schedule(self, num_tokens: int, num_layers: int) -> tuple[int, ...]:
+        return schedule(self.budget(num_tokens), num_tokens, num_layers, float(self.first))
+
+
+@lru_cache(maxsize=1024)  # asked for anew at each cut, for each item of each row
+def schedule(average: int, num_tokens: int, num_layers: int, first: float) -> tuple[int, ...]:
+    """How many of an item's tokens each stretch of layers sees.
+
+    Args:
+        average: Over layers.
+        num_tokens: Of the item.
+        num_layers: Of the language model.
+        first: See `VisionDrop`.
+    """
+    lengths = lengths_of(starts_of(num_layers, NUM_STRETCHES), num_layers)
+    return tuple(geometric(average, lengths, first=first, most=num_tokens))

@@ -38,7 +38,7 @@ class CrossTokenOptions:
 
     tokens: int | float = 64
     r: int | None = None
-    importance: str = "attention"
+    importance: str = "cosine"
     proportional: bool = True
     positions: str = "original"
     weight: float = 0.001

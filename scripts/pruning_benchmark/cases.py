@@ -138,7 +138,7 @@ def _count(one: Candidate, subject: Subject, inputs: dict[str, Any], rows: list[
         pruner = one.pruner()
         one.counted = count_prompt(subject.model, inputs, pruner)
     except OptionError as error:
-        one.refused = " ".join(str(error).split())
+        one.refused = f"{error.found}; expected: {error.expected}"
         return
     sizes = text_sizes(subject.model)
     planned = [

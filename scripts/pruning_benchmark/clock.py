@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import product
 from typing import Any
 from unittest.mock import patch
 
@@ -16,8 +17,8 @@ from mllm.shapes import Tensor
 
 DECIDING = ("select", "select_at_cut")
 """What a pruner is asked by."""
-READING = "queries_and_keys"
-"""The function that reads what decisions are made by."""
+READING = ("queries_and_keys", "match_tokens")
+"""Functions that read what decisions are made by, and that decide inside of an encoder."""
 MOVING = ("enter", "before_layer", "leave")
 """What hands the tokens that are left from layer to layer, and asks the pruner on the way."""
 
@@ -76,10 +77,11 @@ def timing_decisions(pruner: Pruner | None) -> Iterator[tuple[Stopwatch, Stopwat
             for name in DECIDING:
                 own = work.timed(decisions.timed(getattr(pruner, name)))
                 stack.enter_context(patch.object(pruner, name, own))
-            for module in [one for name, one in sys.modules.items() if name.startswith("mllm.pruning")]:
-                if READING in vars(module):
-                    own = work.timed(decisions.timed(vars(module)[READING]))
-                    stack.enter_context(patch.object(module, READING, own))
+            modules = [one for name, one in sys.modules.items() if name.startswith("mllm.pruning")]
+            for module, name in product(modules, READING):
+                if name in vars(module):
+                    own = work.timed(decisions.timed(vars(module)[name]))
+                    stack.enter_context(patch.object(module, name, own))
             forward = mllm.pruning.forward.Forward
             for name in MOVING:
                 stack.enter_context(patch.object(forward, name, work.timed(vars(forward)[name])))

@@ -23,6 +23,8 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "cache_mib": ("cache, MiB", ".2f"),
 }
 """Keys of a case: headings, and how figures are written."""
+MARKERS = "osD^v"
+"""Of budgets, the smallest first."""
 
 
 def table(cases: list[dict[str, Any]], machine: dict[str, Any]) -> str:
@@ -49,7 +51,8 @@ def draw(cases: list[dict[str, Any]], path: Path) -> bool:
         axes = figure.add_subplot(1, len(subjects), number + 1)
         own = [case for case in measured if (case["subject"], case["batch"]) == (subject, batch)]
         (_draw_accuracy if own[0]["accuracy"] is not None else _draw_gains)(axes, own)
-        axes.set_title(f"{subject}, batch of {batch}")
+        budgets = ", ".join(str(budget) for budget in sorted({case["tokens"] for case in own[1:]}))
+        axes.set_title(f"{subject}, batch of {batch}: {budgets} of {own[0]['of']} tokens", fontsize="medium")
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
     return True
@@ -85,8 +88,13 @@ def _draw_accuracy(axes: Any, cases: list[dict[str, Any]]) -> None:
 
 def _draw_gains(axes: Any, cases: list[dict[str, Any]]) -> None:
     """A point for each method and budget, beside the line of what the arithmetic promises."""
-    for case in cases[1:]:
-        axes.plot(case["flops_gain"], case["ttft_gain"], "o", label=f"{_name(case)} {case['tokens']}")
+    budgets = sorted({case["tokens"] for case in cases[1:]})
+    for number, method in enumerate(dict.fromkeys(_name(case) for case in cases[1:])):
+        own = [case for case in cases[1:] if _name(case) == method]
+        for case in own:
+            marker = MARKERS[budgets.index(case["tokens"]) % len(MARKERS)]
+            label = method if case is own[0] else None
+            axes.plot(case["flops_gain"], case["ttft_gain"], marker, color=f"C{number % 10}", label=label, alpha=0.8)
     most = max((case["flops_gain"] for case in cases), default=1.0)
     axes.plot([1, most], [1, most], "k-", linewidth=0.8, label="as fast as arithmetic promises")
     axes.plot([1, most], [0.8, 0.8 * most], "k:", linewidth=0.8, label="0.8 of it")

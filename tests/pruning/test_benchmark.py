@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mllm.pruning import PRUNERS, Uniform
+from mllm.pruning import PRUNERS, Uniform, build_pruner
 from mllm.pruning.forward import Forward
 
 ROOT = Path(__file__).parents[2]
@@ -59,12 +59,14 @@ def test_calls_inside_of_calls_are_not_counted_twice(part, monkeypatch):
     assert watch.seconds == 2.0
 
 
-def test_taking_the_time_of_decisions_leaves_nothing_behind(part, subject):
-    before, pruner = dict(vars(Forward)), Uniform(tokens=2)
+@pytest.mark.parametrize("spec", ["uniform tokens=2", "visiondrop tokens=9", "fastv tokens=30", "crossget tokens=12"])
+def test_taking_the_time_of_decisions_leaves_nothing_behind(part, subject, spec):
+    before, pruner = dict(vars(Forward)), build_pruner(spec)
+    names = vars(pruner).keys()
     found = part("runs").time_decisions(subject.model, subject.inputs, pruner)
     assert 0 < found["deciding"] < found["pruner_work"]
     assert dict(vars(Forward)) == before
-    assert vars(pruner).keys() == vars(Uniform(tokens=2)).keys()
+    assert vars(pruner).keys() == names
 
 
 def test_an_answer_is_timed_from_its_start_to_each_of_its_tokens(part, subject):

@@ -139,20 +139,22 @@ def _inputs(model) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "pixel_values": torch.randn(2, 3, size, size)}
 
 
-@pytest.mark.parametrize("pruner", [FastV(tokens=16), PyramidDrop(tokens=16)], ids=["fastv", "pyramiddrop"])
+@pytest.mark.parametrize(
+    ("pruner", "decides"), [(FastV(tokens=16), 1), (PyramidDrop(tokens=16), 2)], ids=["fastv", "pyramiddrop"]
+)
 @torch.no_grad()
-def test_decisions_in_a_model_follow_its_own_attention(tmp_path, pruner):
+def test_decisions_in_a_model_follow_its_own_attention(tmp_path, pruner, decides):
+    """Both leave in front of layer 2 of 8; FastV reads the layer before."""
     model = _model(tmp_path)
     inputs = _inputs(model)
     with pruner(model):
         model(**inputs)
-    first = pruner.cuts(NUM_LAYERS)[0]
     model.set_attn_implementation("eager")
-    paid = model(**inputs, output_attentions=True).attentions[first.scored_at][0, :, -1].mean(dim=0)
+    paid = model(**inputs, output_attentions=True).attentions[decides][0, :, -1].mean(dim=0)
     visual = (inputs["input_ids"][0] == model.config.image_config.placeholder_token_id).nonzero()[:, 0]
     for item, columns in zip(pruner.statistics.items[0], visual.split(36), strict=True):
         count = pruner.left(36, NUM_LAYERS)[0]
-        assert item.kept[first.layer].tolist() == paid[columns].topk(count).indices.sort().values.tolist()
+        assert item.kept[2].tolist() == paid[columns].topk(count).indices.sort().values.tolist()
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())

@@ -1,4 +1,7 @@
-"""Pruners on every family, stock and composed: right items, everything kept == no pruner, what is left == the prompt with a mask."""
+"""Pruners on every family, stock and composed.
+
+Their items are the right ones; everything kept == no pruner; what is left == the prompt with the rest masked.
+"""
 
 import contextlib
 from dataclasses import dataclass, field
@@ -51,7 +54,7 @@ QFORMER = {
 LATENTS = {"type": "perceiver", "num_latents": 3, "depth": 1}
 COMPOSED: dict[str, Any] = {
     "ours, mlp": {"video": {"connector": "mlp"}},
-    "ours, pixel shuffle": {"image": {"connector": "patch_merge"}},
+    "ours, pixel shuffle": {"image": {"connector": "patch_merge", "tiles": {"type": "internvl", "max_tiles": 4}}},
     "ours, pool": {
         "image": {"connector": {"type": "pool", "size": 3}},
         "video": {"connector": {"type": "pool", "over": "grid", "size": 2}},
@@ -67,14 +70,14 @@ COMPOSED: dict[str, Any] = {
 }
 
 
-@pytest.fixture(params=[*VISUAL_BATCHES, *COMPOSED])
-def batch(request, tmp_path):
+@pytest.fixture(scope="module", params=[*VISUAL_BATCHES, *COMPOSED])
+def batch(request, tmp_path_factory):
     """A batch with several pictures (and videos), of each family."""
     if request.param in COMPOSED:
-        parts = COMPOSED[request.param]
+        parts, directory = COMPOSED[request.param], tmp_path_factory.mktemp("parts")
         if "several encoders" in request.param:
-            parts = {"image": {**parts["image"], "encoder": save_sphinx_encoders(tmp_path / "eyes")}}
-        made = composed_visual_batch(tmp_path, **parts)
+            parts = {"image": {**parts["image"], "encoder": save_sphinx_encoders(directory / "eyes")}}
+        made = composed_visual_batch(directory, **parts)
     else:
         made = visual_batch(request.param)
     made.model.set_attn_implementation("eager")  # whose masks the references below can add to

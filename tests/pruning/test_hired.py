@@ -98,6 +98,15 @@ def test_the_budget_is_met_whatever_survived_of_the_tiles():
             assert not any(place >= 78 for place in kept)
 
 
+def test_what_is_kept_of_tiles_side_by_side_stays_in_the_order_of_the_map():
+    tiles = torch.arange(36, 108).view(2, SIDE, SIDE).transpose(0, 1).flatten()  # line by line
+    one = item(3, patches=torch.cat([torch.arange(36), tiles]), overview=0, tiles=(1, 2))
+    kept = HiRED(tokens=20).select(one, 2).kept.tolist()
+    assert kept == sorted(kept)
+    patches = one.evidence.patches[kept, 0].tolist()
+    assert sorted(patches) == kept_as_published(one, 20, 0.5, (1, 2), 0)
+
+
 def test_more_of_the_tile_in_which_there_is_more_to_see():
     one = item(5, overview=0, tiles=(2, 2))
     early = one.evidence.layers[0]

@@ -12,12 +12,12 @@ import torch
 
 from mllm.errors import OptionError
 from mllm.models.media import Media
-from mllm.pruning import Pruner, VisionZip
+from mllm.pruning import DivPrune, Pruner, VisionZip
 from mllm.pruning.patches import connected_patches, resized_places
 from mllm.sizes import LengthRule
 from mllm.testing import tiny_model
-from mllm.testing_images import save_tiny_image_encoder
-from mllm.testing_visual import VISUAL_BATCHES, visual_batch
+from mllm.testing_images import save_sphinx_encoders, save_tiny_image_encoder
+from mllm.testing_visual import VISUAL_BATCHES, composed_visual_batch, visual_batch
 
 ENCODERS = ("clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers", "vit")
 QFORMER = {
@@ -66,7 +66,7 @@ class Looking(Pruner):
         self.seen.append(item)
 
 
-@pytest.mark.parametrize("name", VISUAL_BATCHES)
+@pytest.mark.parametrize("name", [name for name in VISUAL_BATCHES if "pixtral" not in name])
 def test_stock_models(name):
     batch = visual_batch(name)
     without_attention(batch.model)
@@ -107,6 +107,32 @@ def test_where_all_patches_are_mixed_there_is_none(tmp_path, parts):
     assert [item.evidence for item in pruner.seen] == [None, None]
     with VisionZip(tokens=1)(model), pytest.raises(OptionError, match="VisionZip.*its connector mixes all patches"):
         see(**inputs)
+
+
+@pytest.mark.parametrize("layer", [2, -3])
+def test_layers_that_the_encoder_lacks_are_refused(layer):
+    """Of three, the last of which LLaVA does not use."""
+    pruner = Looking()
+    pruner.encoder_layers = (layer,)
+    model = visual_batch("llava").model
+    with pytest.raises(OptionError, match=f"layer {layer} of an encoder, of which 2"), pruner(model):
+        pass
+    assert not model.model.vision_tower.encoder.layers[0]._forward_pre_hooks
+
+
+@torch.no_grad()
+def test_encoders_that_tell_nothing_say_why(tmp_path):
+    several = {"encoder": save_sphinx_encoders(tmp_path), "join": "sequence", "connector": "streams"}
+    reasons = {
+        "its features are those of several encoders": composed_visual_batch(tmp_path / "parts", image=several),
+        "its encoder is a pixtral": visual_batch("llava, pixtral"),
+    }
+    for reason, batch in reasons.items():
+        with VisionZip(tokens=1)(batch.model), pytest.raises(OptionError, match=f"VisionZip.*{reason}"):
+            batch.model(**batch.inputs)
+        with DivPrune(tokens=1)(batch.model) as pruner:
+            batch.model(**batch.inputs)
+        assert all(len(item.kept[0]) == 1 for row in pruner.statistics.items for item in row)
 
 
 def test_images_and_frames_share_one_call(tmp_path):

@@ -39,7 +39,15 @@ def test_merged_tokens_are_never_all(share):
 
 @pytest.mark.parametrize(
     ("num_layers", "starts"),
-    [(1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (4, [0, 1, 2, 3]), (5, [0, 1, 3, 4]), (6, [0, 2, 3, 5]), (28, [0, 7, 14, 21])],
+    [
+        (1, [0]),
+        (2, [0, 1]),
+        (3, [0, 1, 2]),
+        (4, [0, 1, 2, 3]),
+        (5, [0, 1, 3, 4]),
+        (6, [0, 2, 3, 5]),
+        (28, [0, 7, 14, 21]),
+    ],
 )
 def test_stretches_are_equal_as_far_as_layers_allow(num_layers, starts):
     """Fewer than four layers are a stretch each."""
@@ -57,7 +65,7 @@ def test_layers_see_the_average_and_never_more(num_layers, most, first):
         total = sum(per_layer(counts, lengths))
         assert len(per_layer(counts, lengths)) == num_layers
         assert counts == sorted(counts, reverse=True)
-        assert 1 <= counts[-1] and counts[0] <= most
+        assert most >= counts[0] >= counts[-1] >= 1
         assert average * num_layers - max(lengths) < total <= average * num_layers
 
 
@@ -76,4 +84,5 @@ def test_fractions_go_to_the_largest_first():
     assert whole([3.2, 2.9, 1.5], [1, 1, 1], 7) == [3, 3, 1]
     assert whole([3.2, 2.9, 1.5], [1, 1, 2], 8) == [3, 3, 1]
     assert whole([5.0, 0.1, 0.1], [1, 1, 1], 5) == [3, 1, 1]
+    assert whole([9.0, 2.3, 0.6, 0.1], [1, 1, 1, 1], 12) == [9, 1, 1, 1]
     assert whole([1.0, 0.5], [1, 1], 1) == [1, 1]

@@ -198,9 +198,9 @@ def test_in_a_model_raters_are_found_as_tokens_entered_and_rate_by_its_own_atten
             assert torch.equal(embedded.items[0], visual)
         text = torch.tensor([place for place in range(int(is_token.sum())) if place not in visual.tolist()])
         raters = text[_raters(seen[0][number].embedded, 0)]
-        paid = outputs.attentions[pruner.cuts(8)[0].scored_at][number].mean(dim=0)[is_token][:, is_token]
+        paid = outputs.attentions[0][number].mean(dim=0)[is_token][:, is_token]
         scores = paid[raters][:, visual].mean(dim=0)
         num_kept = pruner._parts(36, 8)[0][0]
-        stays = pruner.statistics.items[number][0].kept[pruner.cuts(8)[0].layer].tolist()
+        stays = pruner.statistics.items[number][0].kept[1].tolist()
         assert 0 < num_kept < len(stays)
         assert set(scores.topk(num_kept).indices.tolist()) < set(stays)

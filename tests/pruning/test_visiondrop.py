@@ -62,7 +62,12 @@ def one_prompt(dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
 
 
 def random_evidence(
-    num_vectors: int, *, num_prefix_tokens: int, connect: torch.nn.Module | None = None, num_views: int = 1
+    num_vectors: int,
+    *,
+    num_prefix_tokens: int,
+    connect: torch.nn.Module | None = None,
+    num_views: int = 1,
+    layer: int = -1,
 ) -> Evidence:
     generator = torch.Generator().manual_seed(4)
     num_patches = num_vectors // num_views
@@ -70,7 +75,7 @@ def random_evidence(
     queries, keys = (2 * torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
     features = None if connect is None else torch.randn(num_vectors, 6, generator=generator, dtype=torch.float64)
     return Evidence(
-        {-1: QueriesKeys(queries, keys, 0.5)},
+        {layer: QueriesKeys(queries, keys, 0.5)},
         num_prefix_tokens,
         torch.arange(num_vectors)[:, None],
         features,
@@ -105,7 +110,7 @@ def highest(scores: torch.Tensor, count: int) -> list[int]:
 
 def encoder_scores(evidence: Evidence, *, by_class: bool) -> torch.Tensor:
     """The class token's row, summed over heads; or the mean over heads and patches of all patches' rows."""
-    queries, keys, scaling = evidence.layers[-1]
+    ((queries, keys, scaling),) = evidence.layers.values()
     prefix = evidence.num_prefix_tokens
     found = []
     for view in range(len(queries)):
@@ -116,8 +121,8 @@ def encoder_scores(evidence: Evidence, *, by_class: bool) -> torch.Tensor:
 
 @pytest.mark.parametrize(("ranking", "num_prefix_tokens"), [("class", 1), ("class", 0), ("received", 5)])
 @pytest.mark.parametrize("is_pointwise", [True, False])
-@pytest.mark.parametrize("num_views", [1, 3])
-def test_what_enters_is_what_the_encoder_ranks_highest(ranking, num_prefix_tokens, is_pointwise, num_views):
+@pytest.mark.parametrize(("num_views", "layer"), [(1, -1), (3, -1), (1, 0)])
+def test_what_enters_is_what_the_encoder_ranks_highest(ranking, num_prefix_tokens, is_pointwise, num_views, layer):
     """42 + 6 of 72 for an average of 32 in 32 layers; merged on features where each becomes a vector by itself."""
     connect = torch.nn.Sequential(torch.nn.Linear(6, 7), torch.nn.GELU(), torch.nn.Linear(7, 7)).double()
     evidence = random_evidence(
@@ -125,12 +130,14 @@ def test_what_enters_is_what_the_encoder_ranks_highest(ranking, num_prefix_token
         num_prefix_tokens=num_prefix_tokens,
         connect=connect if is_pointwise else None,
         num_views=num_views,
+        layer=layer,
     )
     vectors = connect(evidence.features) if is_pointwise else random_vectors(72)
-    selection = VisionDrop(tokens=32, ranking=ranking).select(Item("image", vectors, evidence, None), 32)
+    pruner = VisionDrop(tokens=32, ranking=ranking, encoder_layer=layer)
+    selection = pruner.select(Item("image", vectors, evidence, None), 32)
 
     scores = encoder_scores(evidence, by_class=ranking == "class" and num_prefix_tokens > 0)
-    keys = evidence.layers[-1].keys[:, :, num_prefix_tokens:].mean(dim=1).flatten(0, 1)
+    keys = evidence.layers[layer].keys[:, :, num_prefix_tokens:].mean(dim=1).flatten(0, 1)
     dominant = highest(scores, 42)
     source = evidence.features if is_pointwise else vectors
     targets, merged = published_merge(source, keys, dominant, 6)
@@ -248,9 +255,11 @@ def test_a_prompt_goes_through_the_model_as_published():
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("positions", ["original", "compacted"])
-def test_layers_and_caches_hold_as_many_as_counted(num_layers, positions):
+@pytest.mark.parametrize("ranking", ["class", "language"])
+def test_layers_and_caches_hold_as_many_as_counted(num_layers, positions, ranking):
     """For language models of any depth."""
-    model, batch, pruner = tiny_llava(num_layers), one_prompt(), VisionDrop(tokens=10, positions=positions)
+    model, batch = tiny_llava(num_layers), one_prompt()
+    pruner = VisionDrop(tokens=10, positions=positions, ranking=ranking)
     with torch.no_grad(), pruner(model):
         cache = model(**batch, use_cache=True).past_key_values
     counts = pruner.counts(NUM_PATCHES, num_layers)
@@ -268,7 +277,9 @@ def test_answers_with_a_cache_are_those_without(tmp_path, connector, positions):
     model, num_tokens = model.eval(), {"mlp": 4, "qformer": 7}[connector]
     placeholder = model.config.tower_configs["image"].placeholder_token_id
     batch = {
-        "input_ids": torch.tensor([[1, 2, 3, *[placeholder] * num_tokens, 4, 5], [*[placeholder] * num_tokens, *range(6, 11)]]),
+        "input_ids": torch.tensor(
+            [[1, 2, 3, *[placeholder] * num_tokens, 4, 5], [*[placeholder] * num_tokens, *range(6, 11)]]
+        ),
         "pixel_values": torch.randn(2, 3, 16, 16),
     }
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
@@ -282,10 +293,12 @@ def test_answers_with_a_cache_are_those_without(tmp_path, connector, positions):
     assert [len(pruner.statistics.items[0][0].kept[layer]) for layer in range(4)] == counts
 
 
-def test_with_a_connector_that_mixes_patches_the_language_model_ranks(tmp_path):
-    """Nothing leaves in front of it; its first layer already sees fewer."""
-    item = Item("image", random_vectors(9), None, None)
-    pruner = VisionDrop(tokens=3)
+@pytest.mark.parametrize("ranking", ["class", "language"])
+def test_with_a_connector_that_mixes_patches_the_language_model_ranks(ranking):
+    """Or where one wants it: nothing leaves in front of it, and its first layer already sees fewer."""
+    evidence = random_evidence(9, num_prefix_tokens=1) if ranking == "language" else None
+    item = Item("image", random_vectors(9), evidence, None)
+    pruner = VisionDrop(tokens=3, ranking=ranking)
     assert pruner.select(item, 4) is None
     assert pruner.leaves_at_cut(0, (9,), (9,), 4)
     assert not pruner.leaves_at_cut(0, (5,), (9,), 4)
@@ -334,3 +347,12 @@ def test_options_that_mean_nothing_are_refused(options):
     """With the option's name and value."""
     with pytest.raises(OptionError, match=next(iter(options))):
         VisionDrop(**options)
+
+
+def test_a_layer_that_the_encoder_does_not_have_is_refused():
+    """LLaVA reads the output of the last but one of its three: two are passed."""
+    model = tiny_llava(1)
+    with pytest.raises(OptionError, match="layer -3 of an encoder with 2 layers"), VisionDrop(encoder_layer=-3)(model):
+        pass
+    with VisionDrop(encoder_layer=-3, ranking="language")(model):
+        pass
