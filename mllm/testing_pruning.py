@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from mllm.models import MllmForConditionalGeneration
 from mllm.models.parts import layers_of, parts_of
 from mllm.processing import MllmProcessor
-from mllm.pruning import Pruner, Selection
+from mllm.pruning import Cut, Item, Pruner, Row, Selection
 from mllm.shapes import Float, Int, Tensor
 from mllm.testing import tiny_model
 from mllm.testing_images import save_tiny_image_encoder
@@ -47,6 +47,51 @@ def enlarge(model: PreTrainedModel) -> None:
             if parameter.ndim > 1:
                 std = parameter[0].numel() ** -0.5
                 parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+
+
+@dataclass
+class KeepsAll(Pruner):
+    """Lets all tokens go through what those go through that stay."""
+
+    def cuts(self, num_layers: int) -> tuple[Cut, ...]:
+        """See `Pruner.cuts`."""
+        return tuple(Cut(layer, scored_at=max(layer - 1, 0)) for layer in (0, 1, 3))
+
+    def select(self, item: Item, num_layers: int) -> Selection:
+        """See `Pruner.select`."""
+        return Selection(torch.arange(len(item.vectors)), item.vectors.clone())
+
+    def select_at_cut(self, row: Row, cut: int, entered: tuple[int, ...], num_layers: int) -> list[Selection | None]:
+        """See `Pruner.select_at_cut`."""
+        return [Selection(torch.arange(len(item)), row.hidden[item]) for item in row.items]
+
+
+@dataclass
+class Shuffles(Pruner):
+    """Keeps, turns around and mixes tokens; of each item another number."""
+
+    tokens: int | float = 12
+
+    def cuts(self, num_layers: int) -> tuple[Cut, ...]:
+        """See `Pruner.cuts`."""
+        return tuple(Cut(layer, scored_at=layer) for layer in (0, 1, 3))
+
+    def select(self, item: Item, num_layers: int) -> Selection:
+        """See `Pruner.select`."""
+        return self._some(item.vectors, 13)
+
+    def select_at_cut(self, row: Row, cut: int, entered: tuple[int, ...], num_layers: int) -> list[Selection | None]:
+        """See `Pruner.select_at_cut`."""
+        return [self._some(row.hidden[item], 9 - 2 * cut) for item in row.items]
+
+    def _some(self, values: Tensor, count: int) -> Selection:
+        count += int(values[0, 0] > 0)
+        order = torch.randperm(len(values), generator=torch.Generator().manual_seed(count))
+        kept, others = order[:count], order[count:]
+        into = torch.full((len(values),), -1).scatter(0, kept, torch.arange(count)).scatter(0, others[:1], 1)
+        mixed = values[kept].clone()
+        mixed[1] = values[order[[1, count]]].mean(dim=0)
+        return Selection(kept, mixed, into)
 
 
 @dataclass
@@ -219,6 +264,35 @@ class _Rows:
                 ]
             self.orders[row] = order
         return hidden
+
+
+def pictures_and_words(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Rows of one picture, of two that touch each other, and of none, padded on the left."""
+    picture = [model.config.image_token_id] * NUM_TOKENS
+    rows = [[20, 21, 22, *picture, 23, 24, 25, 26], [27, *picture, *picture, 28, 29, 30], [31, 32, 33, 34, 35]]
+    longest = max(map(len, rows))
+    return {
+        "input_ids": torch.tensor([[0] * (longest - len(row)) + row for row in rows]),
+        "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
+        "pixel_values": tiny_pictures(3),
+    }
+
+
+def tiny_pictures(count: int) -> Tensor:
+    """Pixels of pictures for `tiny_prunable_model`."""
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+
+
+def answered(model: PreTrainedModel, inputs: dict[str, Any], **options: Any) -> Any:
+    """Four tokens that `generate` gives, with their logits, or as the options say."""
+    settings: dict[str, Any] = {
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
+    settings |= {"eos_token_id": None, "pad_token_id": 0}
+    return model.generate(**inputs, **{**settings, **options})
 
 
 def columns_of_items(input_ids: Int[Tensor, "B T"], token: int, lengths: list[int]) -> list[list[Int[Tensor, " _"]]]:

@@ -40,7 +40,7 @@ class VisualBatch:
 
 
 def visual_batch(name: str) -> VisualBatch:
-    """Two rows of unlike length; the second is padded at its end.
+    """Two rows of unlike length, and one of text alone; shorter ones are padded at their end.
 
     Args:
         name: One of `VISUAL_BATCHES`.
@@ -60,7 +60,7 @@ def visual_batch(name: str) -> VisualBatch:
 
 
 def composed_visual_batch(directory: Path, **parts: Any) -> VisualBatch:
-    """Two rows of a composed model: three pictures of several sizes, and two videos where it reads videos.
+    """The same of a composed model: three pictures of several sizes, and two videos where it reads videos.
 
     Args:
         directory: Where its parts are made.
@@ -90,6 +90,7 @@ def composed_visual_batch(directory: Path, **parts: Any) -> VisualBatch:
 def _batch(
     model: PreTrainedModel, tensors: dict[str, torch.Tensor], rows: list[list[Item]], tokens: Mapping[str, int]
 ) -> VisualBatch:
+    rows = [*rows, []]
     ids = [_words(tokens, row, seed=number) for number, row in enumerate(rows)]
     longest = max(map(len, ids))
     inputs = {
@@ -158,7 +159,7 @@ def _images_and_video(model: PreTrainedModel) -> Rows:
     pixels = _pixels(3, 3, 3, IMAGE_SIDE, IMAGE_SIDE)
     pixels[:2, 1:] = 0
     videos = _pixels(2, 3, 3, IMAGE_SIDE, IMAGE_SIDE)
-    counts = torch.tensor([2, 1])
+    counts = torch.tensor([2, 1, 0])
     found = model.get_image_features(pixels, sizes, batch_num_images=counts, return_dict=True).pooler_output
     video = model.get_video_features(videos, return_dict=True).pooler_output.shape[1]
     tensors = {"pixel_values": pixels, "image_sizes": sizes, "batch_num_images": counts, "pixel_values_videos": videos}
@@ -179,8 +180,8 @@ def _tiles_in_one_run(model: PreTrainedModel) -> Rows:
 
 def _tiles_between_words(model: PreTrainedModel) -> Rows:
     """SmolVLM: a picture of two tiles and the whole, and one without tiles; then one. Missing tiles are zeros."""
-    pixels = _pixels(2, 4, 3, IMAGE_SIDE, IMAGE_SIDE)
-    pixels[1, 1:] = 0
+    pixels = _pixels(3, 4, 3, IMAGE_SIDE, IMAGE_SIDE)
+    pixels[1, 1:] = pixels[2] = 0
     return {"pixel_values": pixels}, [[("image", [4, 4, 4]), ("image", [4])], [("image", [4])]]
 
 

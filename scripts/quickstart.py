@@ -119,10 +119,10 @@ def picture_steps(out: Path, seed: int) -> dict[str, list]:
         + ["--model", model, "--rows", 6, "--html", out / "rows.html"],
         "evaluate": ["scripts/evaluate_model.py", model, "--rows", data / "eval", "--out", out / "evaluation.json"],
         "prune": ["scripts/evaluate_model.py", model, "--rows", data / "eval", "--out", out / "pruning.json"]
-        + ["--items", 100, "--no_blank", "--picture", out / "pruning.png"]
+        + ["--items", 80, "--no_blank", "--picture", out / "pruning.png"]
         + [word for name in PRUNERS for budget in TOKENS for word in ("--pruner", name, f"tokens={budget}")],
         "prefer": ["scripts/digits_preference.py", out, "--out", out / "preference", "--methods", "rdpo"]
-        + ["--tasks", "caption", "presence"],
+        + ["--tasks", "caption", "presence", "--scenes", 480, "--set", "stages.prefer.max_steps=60"],
         "export": ["scripts/export.py", model, "--out", out / "export", "--rows", data / "eval" / "caption.jsonl"],
         "chat": ["scripts/chat.py", model, "--image", picture(out) if (out / "data").exists() else ""],
     }

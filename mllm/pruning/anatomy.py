@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mllm.errors import OptionError
+from mllm.errors import OptionError, RowError
 from mllm.models import MllmForConditionalGeneration
 from mllm.models.parts import Part, layers_of, parts_of
 from mllm.models.stock_parts import STOCK_PARTS
@@ -55,6 +55,9 @@ def items_of_rows(
     Args:
         marks: Where the tokens of each modality stand.
         lengths: How many each of its items has, in order of appearance.
+
+    Raises:
+        RowError: An item would go on in the next row.
     """
     rest = {modality: iter(lengths.get(modality, ())) for modality in marks}
     rows: list[list[Tensor]] = []
@@ -63,7 +66,9 @@ def items_of_rows(
         for modality, mark in marks.items():
             columns = mark[row].nonzero()[:, 0]
             while len(columns):
-                length = next(rest[modality])
+                length = next(rest[modality], 0)
+                if not 0 < length <= len(columns):
+                    raise _misfit(marks[modality], lengths[modality])
                 items.append(columns[:length])
                 columns = columns[length:]
         rows.append(sorted(items, key=lambda item: int(item[0])))
@@ -91,6 +96,15 @@ def anatomy_of(model: PreTrainedModel | PeftModel) -> Anatomy:
     body = plain.get_decoder()
     layers = tuple(plain.get_submodule(name) for name in layers_of(plain, _text_part(plain)))
     return Anatomy(plain, plain.model, body, layers, placeholders)
+
+
+def _misfit(mark: Bool[Tensor, "B T"], lengths: Sequence[int]) -> RowError:
+    return RowError(
+        f"rows with {mark.sum(dim=1).tolist()} visual tokens, for items of {list(lengths)}",
+        expected="rows that hold whole items, in this order",
+        do="order media as the rows have them; under beam search with several pictures a row, where old versions of "
+        "transformers mix them up, install a newer one",
+    )
 
 
 def _text_part(plain: PreTrainedModel) -> Part:

@@ -35,6 +35,7 @@ def attached(model: PreTrainedModel | PeftModel, pruner: Pruner) -> Iterator[Pru
     with ExitStack() as stack:
         occupy(anatomy.model, pruner, stack)
         Session(anatomy, pruner).take_hold(stack)
+        pruner.take_hold(anatomy, stack)  # behind ours: CrossGET's hooks see what has been taken out
         yield pruner
 
 
@@ -80,11 +81,17 @@ class Session:
             body.register_forward_hook(self._after_body),
         ):
             stack.callback(handle.remove)
-        is_seen = bool(self.cuts) or body.config._attn_implementation.startswith("flash")
-        for index, layer in enumerate(layers if is_seen else ()):
-            handle = layer.register_forward_pre_hook(self._before_layer(index), with_kwargs=True)
+        for index in range(self._first_layer_to_see(), len(layers)):
+            handle = layers[index].register_forward_pre_hook(self._before_layer(index), with_kwargs=True)
             stack.callback(handle.remove)
-        self.pruner.take_hold(self.anatomy, stack)
+
+    def _first_layer_to_see(self) -> int:
+        """From which layer on inputs are others than those that the language model hands over."""
+        vision = self.anatomy.model.config.to_dict().get("vision_config") or {}
+        has_deep_features = bool(self.cuts) and bool(vision.get("deepstack_visual_indexes"))
+        if has_deep_features or self.anatomy.body.config._attn_implementation.startswith("flash"):
+            return 0
+        return min((cut.scored_at for cut in self.cuts), default=len(self.anatomy.layers))
 
     def _before_backbone(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.forward = None
@@ -137,11 +144,13 @@ class Session:
         if self.input_ids is None:
             _check_unmarked(embeds)
             return [[] for _ in embeds]
+        expected = {modality: sum(lengths.get(modality, ())) for modality in self.anatomy.placeholders}
+        if not any(expected.values()):
+            return [[] for _ in embeds]  # without media, a placeholder that a model happens to speak is a word
         marks = {modality: self.input_ids == token for modality, token in self.anatomy.placeholders.items()}
         found = {modality: int(mark.sum()) for modality, mark in marks.items()}
-        expected = {modality: sum(lengths.get(modality, ())) for modality in marks}
-        if not any(found.values()) or not any(expected.values()):
-            return [[] for _ in embeds]  # without media, a placeholder that a model happens to speak is a word
+        if not any(found.values()):
+            return [[] for _ in embeds]  # encoded along with those of other ranks
         if found != expected:
             raise RowError(
                 f"a forward with so many visual tokens: {found}, of items with {expected}",
@@ -186,7 +195,8 @@ class Session:
                 do="batch with padding",
             )
         positions = kwargs.get("position_ids")
-        if not is_packed and mask is None and positions is not None and bool((positions.diff(dim=-1) < 0).any()):
+        is_plain = is_packed or mask is not None or positions is None or positions.shape[-1] == 1
+        if not is_plain and bool((positions.diff(dim=-1) < 0).any()):
             raise OptionError(
                 "rows whose positions begin anew, under a pruner, without `segment_lengths`",
                 expected="packed rows as mllm's collator makes them, or padded ones",

@@ -67,10 +67,6 @@ class MergingTextEncoder(MergingEncoder):
         self.steps = [list(of_layer) for of_layer in zip(*steps, strict=True)]
         return Slots(columns, self.is_text, None, columns)
 
-    def carrier(self, hidden: Float[Tensor, "B t D"], slots: Slots) -> Float[Tensor, "B D"]:
-        """The end token."""
-        return hidden_at(hidden, self._end_slots(slots))
-
     def cross_state(self, hidden: Float[Tensor, "B t D"], slots: Slots) -> Float[Tensor, "B D"]:
         """In each layer the end token anew."""
         return hidden_at(hidden, self._end_slots(slots))

@@ -1,7 +1,7 @@
 """CrossGET (arXiv 2305.17455, ICML 2024): tokens merge inside the encoder, by complete-graph soft matching."""
 
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from mllm.errors import OptionError
 from mllm.pruning.anatomy import Anatomy
 from mllm.pruning.base import Item, Pruner, Selection
 from mllm.pruning.cross_tokens import ZEROS, load_cross_tokens
-from mllm.pruning.encoder_merging import EncoderReading, merge_in_encoders
+from mllm.pruning.encoder_merging import EncoderReading, Merges, merge_in_encoders
 from mllm.pruning.first_tokens import FirstTokens
 from mllm.pruning.merging_encoder import IMPORTANCES, MergeOptions
 from mllm.pruning.removal import steady_steps, steps_to
@@ -77,6 +77,7 @@ class CrossGet(Pruner):
 
     def take_hold(self, anatomy: Anatomy, stack: ExitStack) -> None:
         """See `Pruner.take_hold`."""
+        stack.callback(self._let_go)
         self.reading = merge_in_encoders(anatomy, self, stack)
         self.first_tokens = None
         if self.learned or self.cross_tokens not in (None, ZEROS):
@@ -164,6 +165,12 @@ class CrossGet(Pruner):
         return MergeOptions(
             lambda num_patches: self.steps(num_patches, num_layers, num_prefix), self.importance, self.proportional
         )
+
+    def _let_go(self) -> None:
+        """Keep what `counts` asks for, and nothing of the model."""
+        self.first_tokens = None
+        if self.reading is not None:
+            self.reading = replace(self.reading, merges=Merges(), merging=None)
 
     def _left(self, reading: EncoderReading) -> int:
         """Of the tokens of each view, how many reach the language model."""

@@ -46,7 +46,7 @@ class EncoderReading:
         num_layers: Layers of the encoder that merge.
         is_expanded: Whether each is a token of the language model; else a connector reads them, however many.
         merges: What has become of the tokens of each view.
-        merging: The encoder's forward.
+        merging: The encoder's forward; None once the model is let go.
     """
 
     num_tokens: int
@@ -54,7 +54,7 @@ class EncoderReading:
     num_layers: int
     is_expanded: bool
     merges: "Merges"
-    merging: MergingEncoder
+    merging: MergingEncoder | None
 
 
 class Merges:

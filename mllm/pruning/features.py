@@ -32,6 +32,7 @@ class FeatureStage:
         unread = unread_encoder(anatomy.backbone) if self.reader is None else self.reader.unread
         self.encoder = EncoderHooks(anatomy, pruner.encoder_layers if unread is None else ())
         self.lengths: dict[str, list[int]] = {}
+        self.outputs: dict[str, Any] = {}  # of a stock model's encoding, by modality
         self.selections: dict[str, list[Selection | None]] = {}  # of each item that was encoded, by modality
         self.input_ids: Int[Tensor, "B T"] | None = None
         self.is_encoding = False
@@ -52,7 +53,7 @@ class FeatureStage:
     def start(self, input_ids: Int[Tensor, "B T"] | None) -> None:
         """Begin with other media: those of these texts."""
         self.input_ids = input_ids
-        self.selections, self.lengths = {}, {}
+        self.selections, self.lengths, self.outputs = {}, {}, {}
         self.encoder.forget()
 
     def lengths_of(self, encoded: Mapping[str, Any] | None) -> dict[str, list[int]]:
@@ -66,7 +67,11 @@ class FeatureStage:
             for modality, outputs in (encoded or {}).items()
             if modality in self.anatomy.placeholders
         }
-        lengths, self.lengths = self.lengths, {}
+        # Since then, sides of a pair that share pictures may have put them at several places.
+        repeated = {
+            modality: [len(item) for item in outputs.pooler_output] for modality, outputs in self.outputs.items()
+        }
+        lengths, self.lengths, self.outputs = self.lengths | repeated, {}, {}
         return {
             modality: self._pictures(modality, own, self.input_ids) for modality, own in (given or lengths).items()
         }
@@ -127,6 +132,7 @@ class FeatureStage:
             outputs.pooler_output = (
                 pruned.view_as(connected) if is_tensor else list(pruned.split(self.lengths[modality]))
             )
+            self.outputs[modality] = outputs
             return outputs
 
         return get_features
@@ -139,6 +145,7 @@ class FeatureStage:
 
     def _pictures(self, modality: str, lengths: list[int], input_ids: Int[Tensor, "B T"] | None) -> list[int]:
         """How many vectors each picture has, where the model gives them in other portions, of these lengths."""
+        lengths = [length for length in lengths if length]  # SmolVLM: rows without pictures
         if self.reader is None or input_ids is None:
             return lengths
         model_type, token = self.anatomy.model.config.model_type, self.anatomy.placeholders[modality]

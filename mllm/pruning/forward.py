@@ -1,6 +1,5 @@
 """One forward of a language model under a pruner, from its first layer to its last."""
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,12 +8,12 @@ from torch import nn
 from transformers import Cache
 from transformers.masking_utils import create_causal_mask
 
-from mllm.errors import OptionError
 from mllm.models.segment_attention import segment_mask
 from mllm.pruning.anatomy import Anatomy
 from mllm.pruning.base import Cut, Embedded, Pruner, Row
 from mllm.pruning.caches import Reached, all_tokens
 from mllm.pruning.deep_features import DeepFeatures
+from mllm.pruning.layer_inputs import cache_in, named_inputs, no_rotary_positions, with_values
 from mllm.pruning.notes import Items, Notes, Selections
 from mllm.pruning.prefill import (
     Stage,
@@ -61,6 +60,7 @@ class Forward:
         self.items = items
         self.entered = [tuple(map(len, row)) for row in items]
         self.is_prompt = any(items)
+        self.is_step = False
         self.is_compacted = pruner.positions == "compacted"
         self.notes = Notes(pruner.statistics, items, selections)
         self.stages: list[Stage] = []
@@ -81,16 +81,13 @@ class Forward:
         """
         embeds: Tensor = kwargs["inputs_embeds"]
         self.width = embeds.shape[1]
-        is_visual = self._is_visual(embeds)
-        is_dropped = embeds[..., 0].isnan() & is_visual
-        mask = kwargs.get("attention_mask")
-        is_token = torch.ones_like(is_visual) if mask is None else mask[:, -self.width :].bool()
-        stage = first_stage(is_token & ~is_dropped, self._first_past(kwargs, embeds))
+        self.is_step = self.width == 1 and not self.is_prompt
+        if self.is_step:
+            stage = self._whole(embeds, kwargs)
+            self.tail = self.past.tail + self.width if self.past else 0
+        else:
+            stage = self._first_stage(embeds, kwargs)
         self.stages = [stage]
-        self._set_tail(is_token & ~is_visual)
-        if self.is_prompt:
-            num_layers = self.cuts[0].layer if self.cuts else len(self.anatomy.layers)
-            self.notes.begin(is_dropped, stage.counts, num_layers, compacted=self.is_compacted)
         self.embeds = hidden_at(embeds, stage.columns, stage.is_token)
         self.positions = self._first_positions(kwargs, embeds, stage)
         entered = {
@@ -111,7 +108,7 @@ class Forward:
         """The inputs of a layer, as its stage has them; None where they are right."""
         if self.is_scoring:
             return None
-        hidden, kwargs = _named(layer, args, kwargs)
+        hidden, kwargs = named_inputs(layer, args, kwargs)
         if self.deep is not None and 0 < index <= len(self.deep.features):
             hidden = self.deep.added(hidden, index - 1, self.stages[-1])
         for number, cut in enumerate(self.cuts):
@@ -124,6 +121,8 @@ class Forward:
 
     def leave(self, outputs: Any) -> None:
         """Put each token's hidden states at its own column."""
+        if self.is_step:
+            return
         outputs.last_hidden_state = self._spread(outputs.last_hidden_state, self.stages[-1])
         if outputs.hidden_states is not None:
             # Of the embeddings first, then of each layer.
@@ -148,6 +147,25 @@ class Forward:
         if hidden.shape[1] == self.width and bool(stage.is_token.all()) and bool((stage.columns == in_order).all()):
             return hidden
         return spread(hidden, stage, self.width)
+
+    def _first_stage(self, embeds: Float[Tensor, "B T D"], kwargs: Mapping[str, Any]) -> Stage:
+        """What is left in front of the first layer."""
+        is_visual = self._is_visual(embeds)
+        is_dropped = embeds[..., 0].isnan() & is_visual
+        mask = kwargs.get("attention_mask")
+        is_token = torch.ones_like(is_visual) if mask is None else mask[:, -self.width :].bool()
+        stage = first_stage(is_token & ~is_dropped, self._first_past(kwargs, embeds))
+        self._set_tail(is_token & ~is_visual)
+        if self.is_prompt:
+            num_layers = self.cuts[0].layer if self.cuts else len(self.anatomy.layers)
+            self.notes.begin(is_dropped, stage.counts, num_layers, compacted=self.is_compacted)
+        return stage
+
+    def _whole(self, embeds: Float[Tensor, "B T D"], kwargs: Mapping[str, Any]) -> Stage:
+        """A step that generates: each row has its token, and nobody has to look, which a device would wait for."""
+        is_token = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+        columns = torch.zeros_like(is_token, dtype=torch.long)
+        return Stage(columns, is_token, self._first_past(kwargs, embeds))
 
     def _first_past(self, kwargs: Mapping[str, Any], embeds: Tensor) -> Bool[Tensor, "B P"]:
         """Which slots of the first layer's cache hold tokens."""
@@ -193,10 +211,10 @@ class Forward:
             if cut.scored_at == cut.layer:
                 scores = self._read(cut.layer, hidden, kwargs | {k: v for k, v in self.inputs.items() if k in kwargs})
             assert scores is not None, "a cut behind the layer that is to decide"
-            cache = _cache_in(kwargs)
+            cache = cache_in(kwargs)
             chosen = [self._choose(row, number, hidden, scores, cache) for row in range(len(hidden))]
             new, sources = next_stage(stage, [slots for slots, _ in chosen], past, self.width)
-            hidden = _with_values(hidden_at(hidden, sources, new.is_token), chosen)
+            hidden = with_values(hidden_at(hidden, sources, new.is_token), chosen)
         else:
             new = Stage(stage.columns, stage.is_token, past)
             sources = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
@@ -274,7 +292,7 @@ class Forward:
         assert self.positions is not None
         embeddings = self.inputs.get("position_embeddings", kwargs.get("position_embeddings"))
         if embeddings is None:
-            raise _no_rotary_positions(body)
+            raise no_rotary_positions(body)
         if self.is_compacted:
             self.positions = stage.compacted_positions()
             embeddings = body.rotary_emb(hidden, self.positions)
@@ -288,7 +306,7 @@ class Forward:
             config=body.config,
             inputs_embeds=hidden,
             attention_mask=stage.mask,
-            past_key_values=_cache_in(kwargs),
+            past_key_values=cache_in(kwargs),
             layer_idx=index,
         )
         self.inputs = {"position_ids": self.positions, "position_embeddings": embeddings, "attention_mask": mask}
@@ -319,36 +337,3 @@ class Forward:
             self.deep = deep
             return {"visual_pos_masks": None, "deepstack_visual_embeds": None}
         return deep.inputs(stage)
-
-
-def _named(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    """Hidden states, and what else a layer is given, by name; some language models hand it over by its place."""
-    if len(args) == 1:
-        return args[0], dict(kwargs)
-    names = list(inspect.signature(layer.forward).parameters)
-    given = dict(zip(names, args, strict=False)) | kwargs
-    return given.pop(names[0]), given
-
-
-def _cache_in(kwargs: Mapping[str, Any]) -> Cache | None:
-    """Of what a layer is given: families call it by different names."""
-    return next((value for value in kwargs.values() if isinstance(value, Cache)), None)
-
-
-def _with_values(
-    hidden: Float[Tensor, "B M D"], chosen: list[tuple[Int[Tensor, " _"], list[tuple[Int[Tensor, " _"], Tensor]]]]
-) -> Float[Tensor, "B M D"]:
-    for row, (left, values) in enumerate(chosen):
-        num_empty = hidden.shape[1] - len(left)
-        for places, value in values:
-            at = places + num_empty
-            hidden = hidden.index_put((torch.full_like(at, row), at), value.to(hidden.dtype))
-    return hidden
-
-
-def _no_rotary_positions(body: nn.Module) -> OptionError:
-    return OptionError(
-        f"cuts between the layers of a {type(body).__name__}, whose layers are not handed rotary positions",
-        expected="a language model with rotary positions, as all newer ones have",
-        do="choose a pruner that works in front of the language model, such as visionzip or divprune",
-    )

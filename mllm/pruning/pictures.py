@@ -26,7 +26,7 @@ def picture_lengths(model_type: str, input_ids: Int[Tensor, "B T"], token: int) 
     for row in input_ids.tolist():
         runs = _runs(row, token)
         ends = PICTURES[model_type](row, runs)
-        starts = [0, *ends[:-1]]
+        starts = [0, *ends][: len(ends)]
         lengths += [
             sum(end - start for start, end in runs[one:other]) for one, other in zip(starts, ends, strict=True)
         ]

@@ -35,8 +35,8 @@ def geometric(average: int, lengths: Sequence[int], *, first: float, most: int) 
         most: How many tokens there are.
     """
     num_layers = sum(lengths)
-    if average >= most or len(lengths) == 1:
-        return [min(average, most)] * len(lengths)
+    if average >= most:
+        return [most] * len(lengths)
     first = min(first, most / average)
     ratio = _ratio(num_layers / first, lengths)
     wished = [first * average * ratio**number for number in range(len(lengths))]

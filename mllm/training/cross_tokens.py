@@ -142,17 +142,18 @@ class CrossTokenTuning:
 
     def loss(self, inputs: Mapping[str, Any]) -> Float[Tensor, ""]:
         """The alignment of pictures and texts in the forward that has just been; zero where no row has a picture."""
-        assert self.pruner.first_tokens is not None and self.pruner.reading is not None
+        reading = self.pruner.reading
+        assert self.pruner.first_tokens is not None and reading is not None and reading.merging is not None
         texts = torch.stack([self.pruner.first_tokens.carried[layer] for layer in range(self.num_text_layers)])
         zero = 0.0 * (texts.sum() + self.tokens["image"].sum())
         token = self.anatomy.placeholders.get("image")
         if token is None or not self.options.weight:
             return zero
         views = views_of_rows(inputs["input_ids"], token, inputs.get("segment_lengths"))
-        views = views // self.pruner.reading.num_tokens
+        views = views // reading.num_tokens
         if not bool(views.any()):
             return zero
-        carried = torch.stack(self.pruner.reading.merging.carried)[:, : int(views.sum())]
+        carried = torch.stack(reading.merging.carried)[:, : int(views.sum())]
         pictures = self._projected(means_of_rows(carried, views))
         repeats = layer_repeats(len(pictures), self.num_text_layers).to(pictures.device)
         pictures = pictures.repeat_interleave(repeats, dim=0)

@@ -61,7 +61,7 @@ def make_scored_subject(
     prompts = [encode_prompt(processor, question_of(row)) for row in mixed[:batch_size]]
     inputs = model_inputs(processor, prompts, device=device)
     of = max(length for items, _ in lengths_of_rows(model, inputs) for length in items)
-    subject = Subject(Path(path).name, model, inputs, of, tuple(budgets) or _budgets(of))
+    subject = Subject(path, model, inputs, of, tuple(budgets) or _budgets(of))
     return subject, _accuracy_on(model, processor, rows, batch_size=batch_size)
 
 

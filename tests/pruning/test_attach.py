@@ -13,6 +13,7 @@ from transformers.masking_utils import sdpa_mask
 
 from mllm.errors import OptionError, RowError
 from mllm.inference import Chat
+from mllm.models.shared_images import images_at
 from mllm.pruning import Cut, FastV, Item, Pruner, Random, Row, Selection, Uniform, VisionDrop, VisionZip
 from mllm.testing import tiny_model
 from mllm.testing_pruning import NUM_TOKENS, columns_of_items, enlarge, recomputed, tiny_prunable_model, watched
@@ -198,6 +199,22 @@ def test_a_prompt_may_end_with_a_picture(composed):
     with torch.no_grad(), watched(model, First(tokens=3), _columns(model, inputs)) as seen:
         found = model(**inputs, use_cache=False).logits[0, -1]
     torch.testing.assert_close(found, recomputed(model, seen)[0, 5], rtol=0, atol=1e-5)
+
+
+def test_a_stock_model_may_show_a_picture_at_several_places():
+    """As sides of a pair do; and what stood on the model before is there again in between."""
+    model = tiny_stock_model("llava")
+    enlarge(model)
+    inputs = tiny_stock_batch(model)
+    pixels, places = inputs.pop("pixel_values"), torch.tensor([1, 0, 0, 1])
+    inputs = {name: inputs[name][[0, 1, 0, 1]] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad(), First(tokens=2)(model) as pruner:
+        expected = model(**inputs, pixel_values=pixels[places]).logits
+        with images_at(model.model, places=places, grids=None, connected=None):
+            found = model(**inputs, pixel_values=pixels).logits
+        assert [len(item.kept[0]) for row in pruner.statistics.items for item in row] == [2] * 4
+        assert torch.equal(model(**inputs, pixel_values=pixels[places]).logits, expected)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("layers", [(0,), (1,), (0, 1, 2), (2,)])

@@ -69,6 +69,17 @@ def test_taking_the_time_of_decisions_leaves_nothing_behind(part, subject, spec)
     assert vars(pruner).keys() == names
 
 
+def test_all_that_decides_is_timed(part):
+    clock, pruner = part("clock"), Uniform(tokens=2)
+    modules = [one for name, one in sys.modules.items() if name.startswith("mllm.pruning")]
+    own = {(module, name): vars(module)[name] for module in modules for name in clock.READING if name in vars(module)}
+    assert {name for _, name in own} == set(clock.READING)
+    with clock.timing_decisions(pruner):
+        assert not any(vars(module)[name] is function for (module, name), function in own.items())
+        assert set(clock.DECIDING) <= set(vars(pruner))
+    assert all(vars(module)[name] is function for (module, name), function in own.items())
+
+
 def test_an_answer_is_timed_from_its_start_to_each_of_its_tokens(part, subject):
     found = part("runs").time_answer(subject.model, subject.repeated(2), None, new_tokens=3)
     assert 0 < found["prefill"] < found["ttft"] < found["end_to_end"]

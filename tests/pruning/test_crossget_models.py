@@ -1,5 +1,7 @@
 """CrossGET in models with a language model: what is left of a picture, where it stands, and what reads it."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -81,7 +83,14 @@ def test_llava_reads_what_is_left_at_the_places_of_its_patches(cross_tokens):
         for (item,) in pruner.statistics.items:
             kept, into = item.kept[0].tolist(), item.merged_into[0].tolist()
             assert len(kept) == 7 and set(into) == set(kept) and all(into[place] == place for place in kept)
+        features = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
+        vectors = torch.stack(list(model.model.get_image_features(inputs["pixel_values"]).pooler_output))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    # The connector, row by row, of what the encoder has left; at the same places.
+    assert torch.equal(features.isnan().all(dim=-1), vectors.isnan().all(dim=-1))
+    left = ~vectors[..., 0].isnan()
+    with torch.no_grad():
+        torch.testing.assert_close(vectors[left], model.model.multi_modal_projector(features[left]))
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -180,6 +189,41 @@ def test_rows_of_a_batch_generate_as_alone():
         for row in range(3):
             one = {name: value[row : row + 1] for name, value in inputs.items()}
             assert torch.equal(model.generate(**one, max_new_tokens=4, do_sample=False)[0], together[row])
+
+
+@pytest.mark.parametrize("options", [{}, {"cross_tokens": "zeros"}, {"positions": "compacted"}])
+def test_frames_and_pictures_share_an_encoder_also_in_chunks(tmp_path, options):
+    model, _ = tiny_model(tmp_path, image={"connector": "mlp"}, video={"connector": "mlp"})
+    ids = torch.randint(3, 50, (1, 40))
+    ids[0, 2:6], ids[0, 10:22] = model.config.image_token_id, model.config.video_token_id
+    inputs = {
+        "input_ids": ids,
+        "pixel_values": torch.randn(1, 3, 16, 16),
+        "pixel_values_videos": torch.randn(3, 3, 16, 16),
+        "video_sizes": torch.tensor([3]),
+    }
+    pruner = CrossGet(tokens=2, **options)
+    with pruner(model.eval()), torch.no_grad():
+        whole = model(**inputs).logits
+        assert (pruner.counts(4, 2), pruner.counts(12, 2)) == ([2, 2], [6, 6])
+        for chunk in (None, 2):
+            model.model.set_encoder_chunk(chunk)
+            torch.testing.assert_close(model(**inputs).logits, whole)
+            ((picture, video),) = pruner.statistics.items
+            assert (len(picture.kept[0]), len(video.kept[0])) == (2, 6)
+            frames = video.kept[0].view(3, 2) // 4
+            assert frames.tolist() == [[0, 0], [1, 1], [2, 2]]
+            assert set(video.merged_into[0].tolist()) == set(video.kept[0].tolist())
+
+
+def test_a_pruner_counts_on_without_holding_its_model():
+    model, pruner = tiny_llava(), CrossGet(r=2)
+    with pruner(model):
+        within = pruner.counts(NUM_PATCHES, 2)
+    seen = weakref.ref(model)
+    del model
+    gc.collect()
+    assert seen() is None and pruner.counts(NUM_PATCHES, 2) == within == [10, 10]
 
 
 def test_gradients_reach_the_connector_and_are_numbers():

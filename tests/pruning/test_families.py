@@ -9,9 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
-from mllm.errors import OptionError
+from mllm.errors import OptionError, RowError
+from mllm.models.stock_parts import STOCK_PARTS
 from mllm.pruning import Cut, Pruner, Selection, Uniform
+from mllm.pruning.anatomy import UNSUPPORTED, items_of_rows
+from mllm.pruning.stock_readers import STOCK_READERS
 from mllm.testing_images import save_sphinx_encoders
 from mllm.testing_stock import tiny_stock_batch, tiny_stock_model
 from mllm.testing_visual import VISUAL_BATCHES, composed_visual_batch, visual_batch
@@ -88,10 +93,12 @@ def batch(request, tmp_path_factory):
 def test_everything_kept_is_no_pruner(batch):
     expected = batch.model(**batch.inputs).logits
     pruner = Everything()
-    with pruner(batch.model):
-        found = batch.model(**batch.inputs).logits
     is_read = batch.inputs["attention_mask"].bool()
-    torch.testing.assert_close(found[is_read], expected[is_read], rtol=0, atol=1e-5)
+    for attention in ("sdpa", "eager"):
+        batch.model.set_attn_implementation(attention)
+        with pruner(batch.model):
+            found = batch.model(**batch.inputs).logits
+        torch.testing.assert_close(found[is_read], expected[is_read], rtol=0, atol=1e-5)
     assert [[item.num_tokens for item in row] for row in pruner.statistics.items] == batch.items
     torch.testing.assert_close(batch.model(**batch.inputs).logits, expected, rtol=0, atol=0)
 
@@ -107,7 +114,8 @@ def test_items_come_one_by_one(batch):
 
 
 def test_generated_with_everything_kept_is_generated_without_a_pruner(batch):
-    for beams in (1, 2):
+    # Before that version `generate` mixed up the pictures of a row when it repeated rows.
+    for beams in (1, 2) if Version(transformers.__version__) >= Version("5.23") else (1,):
         expected = generated(batch, num_beams=beams)
         with Everything()(batch.model):
             assert torch.equal(generated(batch, num_beams=beams), expected)
@@ -152,6 +160,18 @@ def test_generated_under_a_pruner_is_generated_with_masked_keys(batch):
     for row in range(len(found)):
         length = int(batch.inputs["attention_mask"][row].sum())
         assert found[row].tolist() == continued(batch, is_kept, row, length, len(found[row]))
+
+
+def test_items_that_go_on_in_the_next_row_are_refused():
+    marks = {"image": torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]], dtype=torch.bool)}
+    assert [list(map(len, row)) for row in items_of_rows(marks, {"image": [1, 2, 3]})] == [[1, 2], [3]]
+    for lengths in ([2, 2, 2], [3, 2]):
+        with pytest.raises(RowError, match=r"rows with \[3, 3\] visual tokens"):
+            items_of_rows(marks, {"image": lengths})
+
+
+def test_every_stock_family_can_be_pruned_or_says_why_not():
+    assert set(STOCK_READERS) == set(STOCK_PARTS) - set(UNSUPPORTED)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen2_audio"])

@@ -8,7 +8,7 @@ from mllm.pruning import Random, Uniform
 from mllm.pruning.anatomy import anatomy_of
 from mllm.pruning.flops import planned_tokens, prefill_flops, text_sizes
 from mllm.testing import tiny_model
-from mllm.testing_stock import tiny_stock_batch, tiny_stock_model
+from mllm.testing_stock import tiny_stock_batch, tiny_stock_config, tiny_stock_model
 
 
 def counted_in_text(model, inputs):
@@ -46,7 +46,14 @@ def test_foretold_is_what_is_counted(tokens):
         assert counted_in_text(model, inputs) == prefill_flops(sizes, planned)
 
 
-def test_it_is_so_for_a_composed_model_whose_heads_are_wider_than_it(tmp_path):
+def test_heads_may_be_wider_than_the_model():
+    text = tiny_stock_config("llava").text_config.to_dict()
+    model = tiny_stock_model("llava", text_config={**text, "head_dim": 2 * text["head_dim"]})
+    inputs = one_row(model)
+    assert counted_in_text(model, inputs) == prefill_flops(text_sizes(model), [inputs["input_ids"].shape[1]] * 2)
+
+
+def test_it_is_so_for_a_composed_model(tmp_path):
     model, _ = tiny_model(tmp_path, llm="qwen3", num_hidden_layers=3)
     side = model.config.image_config.media_rule.image_size
     image = torch.full((1, 4), model.config.image_token_id)

@@ -12,6 +12,7 @@ import torch
 
 from mllm.errors import OptionError
 from mllm.models.media import Media
+from mllm.models.parts import PartOptions, apply_modes
 from mllm.pruning import DivPrune, Pruner, VisionZip
 from mllm.pruning.patches import connected_patches, resized_places
 from mllm.sizes import LengthRule
@@ -112,8 +113,7 @@ def test_where_all_patches_are_mixed_there_is_none(tmp_path, parts):
 @pytest.mark.parametrize("layer", [2, -3])
 def test_layers_that_the_encoder_lacks_are_refused(layer):
     """Of three, the last of which LLaVA does not use."""
-    pruner = Looking()
-    pruner.encoder_layers = (layer,)
+    pruner = type("LookingElsewhere", (Looking,), {"encoder_layers": (layer,)})()
     model = visual_batch("llava").model
     with pytest.raises(OptionError, match=f"layer {layer} of an encoder, of which 2"), pruner(model):
         pass
@@ -133,6 +133,21 @@ def test_encoders_that_tell_nothing_say_why(tmp_path):
         with DivPrune(tokens=1)(batch.model) as pruner:
             batch.model(**batch.inputs)
         assert all(len(item.kept[0]) == 1 for row in pruner.statistics.items for item in row)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llava_next", "internvl", "smolvlm", "qwen2_5_vl"])
+def test_fresh_adapters_change_nothing(name):
+    """Nor does a connector of which a copy is trained."""
+    batch = visual_batch(name)
+    with VisionZip(tokens=3)(batch.model):
+        expected = batch.model(**batch.inputs).logits
+    modes = {"image.encoder": "lora", "image.connector": "full", "text": "lora"}
+    adapted = apply_modes(batch.model, {part: PartOptions(mode) for part, mode in modes.items()}).eval()
+    with VisionZip(tokens=3)(adapted) as pruner:
+        found = adapted(**batch.inputs).logits
+    assert torch.equal(found, expected)
+    assert all(len(item.kept[0]) == 3 for row in pruner.statistics.items for item in row)
 
 
 def test_images_and_frames_share_one_call(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers.models.idefics3.processing_idefics3 import get_image_prompt_string
+from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
 from mllm.pruning.pictures import picture_lengths
 from mllm.testing import tiny_tokenizer

@@ -1,6 +1,7 @@
 """Cross tokens of CrossGET: learned while a model is fine-tuned, saved beside it, read by the pruner."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,6 +92,20 @@ def test_alignment_reaches_the_cross_tokens_alone():
     assert all(bool(row.any()) for row in tuning.tokens["text"].grad)
 
 
+def test_each_layers_token_carries_the_one_before_without_its_gradient():
+    model = tiny_stock_model("llava").requires_grad_(False)
+    tuning = CrossTokenTuning(model, CrossTokenOptions(**OPTIONS))
+    with tuning.stack:
+        model(**tiny_stock_batch(model), use_cache=False)
+        carried = {
+            "image": tuning.pruner.reading.merging.carried[1],
+            "text": tuning.pruner.first_tokens.carried[1],
+        }
+        for name, token in carried.items():
+            (gradient,) = torch.autograd.grad(token.sum(), tuning.tokens[name])
+            assert not bool(gradient[0].any()) and bool((gradient[1] == len(token)).all())
+
+
 def test_answers_teach_the_cross_tokens_of_a_frozen_encoder(tmp_path):
     model = tiny_stock_model("llava").requires_grad_(False)
     tuning, loss = tuned_on(model, tiny_stock_batch(model), weight=0.0)
@@ -149,6 +164,37 @@ def test_a_run_that_was_stopped_goes_on_with_them(train, tmp_path):
     early = load_file(straight / "checkpoint-2" / CROSS_TOKENS)
     for name in ("image", "text"):
         assert torch.equal(one[name], other[name]) and not torch.equal(one[name], early[name])
+
+
+def test_packed_rows_have_a_first_token_for_each_of_them(train, tmp_path):
+    packed = {"batching": "packed", "pack_length": 110, "per_device_train_batch_size": None}
+    final = train(tmp_path / "run", parts=PARTS["lora"], cross_tokens=dict(OPTIONS), **packed) / "final"
+    assert all(
+        bool(value.any()) and bool(value.isfinite().all()) for value in load_file(final / CROSS_TOKENS).values()
+    )
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one_process_also_where_one_has_no_picture(train, lopsided_rows, two_ranks, tmp_path):
+    """Of the answers' loss; alignment is a mean over the rows of a micro-batch, which are others there."""
+    train(tmp_path / "one", per_device_train_batch_size=4, **ranked(lopsided_rows, 0.0))
+    two_ranks(train_on_two_ranks, train, lopsided_rows, tmp_path)
+    one, two = (load_file(tmp_path / run / "final" / CROSS_TOKENS) for run in ("one", "two"))
+    for name in ("image", "text"):
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
+        assert bool(one[name].any())
+    aligned = load_file(tmp_path / "aligned" / "final" / CROSS_TOKENS)
+    assert all(bool(value.isfinite().all()) for value in aligned.values())
+
+
+def train_on_two_ranks(train, rows: Path, root: Path) -> None:
+    train(root / "two", **ranked(rows, 0.0))
+    train(root / "aligned", **ranked(rows, 0.5))
+
+
+def ranked(rows: Path, weight: float) -> dict:
+    cross_tokens = {"tokens": 3, "weight": weight}
+    return {"data": [str(rows)], "optim": "sgd", "max_steps": 5, "parts": PARTS["lora"], "cross_tokens": cross_tokens}
 
 
 @pytest.mark.parametrize(
