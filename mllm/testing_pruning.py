@@ -66,6 +66,14 @@ class KeepsAll(Pruner):
         return [Selection(torch.arange(len(item)), row.hidden[item]) for item in row.items]
 
 
+class KeepsFirst(Pruner):
+    """Keeps the first tokens of each item."""
+
+    def select(self, item: Item, num_layers: int) -> Selection:
+        """See `Pruner.select`."""
+        return Selection(torch.arange(self.budget(len(item.vectors))))
+
+
 @dataclass
 class Shuffles(Pruner):
     """Keeps, turns around and mixes tokens; of each item another number."""
@@ -86,9 +94,13 @@ class Shuffles(Pruner):
 
     def _some(self, values: Tensor, count: int) -> Selection:
         count += int(values[0, 0] > 0)
-        order = torch.randperm(len(values), generator=torch.Generator().manual_seed(count))
+        order = torch.randperm(len(values), generator=torch.Generator().manual_seed(count)).to(values.device)
         kept, others = order[:count], order[count:]
-        into = torch.full((len(values),), -1).scatter(0, kept, torch.arange(count)).scatter(0, others[:1], 1)
+        into = (
+            torch.full_like(order, -1)
+            .scatter(0, kept, torch.arange(count, device=order.device))
+            .scatter(0, others[:1], 1)
+        )
         mixed = values[kept].clone()
         mixed[1] = values[order[[1, count]]].mean(dim=0)
         return Selection(kept, mixed, into)

@@ -49,12 +49,6 @@ class EncoderHooks:
                     expected=f"one from 0 to {len(names) - 1}, or counted from the end, {-len(names)} to -1",
                     do="choose a layer that the encoder has",
                 )
-            if not -len(names) <= number < len(names):
-                raise OptionError(
-                    f"layer {number} of an encoder with {len(names)} layers that the connector's input passes",
-                    expected=f"a layer from {-len(names)} to {len(names) - 1}",
-                    do="name another layer",
-                )
             layer = self.anatomy.model.get_submodule(names[number])
             stack.callback(layer.register_forward_pre_hook(self._before(number), with_kwargs=True).remove)
 

@@ -19,7 +19,15 @@ from mllm.pruning import FastV, Uniform, VisionZip
 from mllm.testing import tiny_model
 from mllm.testing_media import save_tiny_media_rows
 from mllm.testing_pairs import save_tiny_pairs
-from mllm.testing_pruning import NUM_TOKENS, columns_of_items, enlarge, recomputed, tiny_prunable_model, watched
+from mllm.testing_pruning import (
+    NUM_TOKENS,
+    KeepsFirst,
+    columns_of_items,
+    enlarge,
+    recomputed,
+    tiny_prunable_model,
+    watched,
+)
 
 POSITIONS = ("original", "compacted")
 CONTENTS = ("ita", "", "viti", "aivi", "vt", "ii")
@@ -49,7 +57,7 @@ def test_training_learns_from_what_is_kept(composed, positions, checkpoints):
     inputs = _batch(model)
     labels = inputs["input_ids"].clone()
     labels[(labels == model.config.image_token_id) | (inputs["position_ids"] == 0)] = -100
-    pruner, given = Uniform(tokens=5, positions=positions), []
+    pruner, given = KeepsFirst(tokens=5, positions=positions), []
     handle = model.model.image_tower.connector.register_forward_hook(lambda _, args, output: given.append(output))
     with watched(model, pruner, columns_of_items(inputs["input_ids"], model.config.image_token_id, [16] * 2)) as seen:
         model.train().zero_grad()

@@ -113,7 +113,8 @@ def test_the_report_names_what_was_missed(quickstart, tmp_path, modalities):
         (tmp_path / "pruning.json").write_text(json.dumps(PRUNED | {"tasks": evaluation}))
         (tmp_path / "preference").mkdir()
         (tmp_path / "preference" / "report.json").write_text(json.dumps({"mean": PREFERRED}))
-    steps = {name: {"seconds": budget[name] - 1, "peak_bytes": 1} for name in reversed(budget)}  # as steps done later may be
+    # A step that was added later is done last.
+    steps = {name: {"seconds": budget[name] - 1, "peak_bytes": 1} for name in reversed(budget)}
     report = summarize(tmp_path, seed=0, steps=steps, budget=budget)
     assert report["missed"] == [low]
     assert report["parameters"] == ({} if modalities == "image" else {"audio_encoder": 5})

@@ -10,13 +10,22 @@ from PIL import Image
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import is_flash_attn_2_available
 
 from mllm.errors import OptionError, RowError
 from mllm.inference import Chat
 from mllm.models.shared_images import images_at
-from mllm.pruning import Cut, FastV, Item, Pruner, Random, Row, Selection, Uniform, VisionDrop, VisionZip
+from mllm.pruning import Cut, FastV, Pruner, Random, Row, Selection, Uniform, VisionDrop, VisionZip
 from mllm.testing import tiny_model
-from mllm.testing_pruning import NUM_TOKENS, columns_of_items, enlarge, recomputed, tiny_prunable_model, watched
+from mllm.testing_pruning import (
+    NUM_TOKENS,
+    KeepsFirst,
+    columns_of_items,
+    enlarge,
+    recomputed,
+    tiny_prunable_model,
+    watched,
+)
 from mllm.testing_stock import tiny_stock_batch, tiny_stock_model
 
 
@@ -31,13 +40,6 @@ class LastHalf(Pruner):
 
     def select_at_cut(self, row: Row, cut: int, entered: tuple[int, ...], num_layers: int) -> list[Selection]:
         return [Selection(torch.arange(len(item) // 2, len(item))) for item in row.items]
-
-
-class First(Pruner):
-    """Keeps the first tokens."""
-
-    def select(self, item: Item, num_layers: int) -> Selection:
-        return Selection(torch.arange(self.budget(len(item.vectors))))
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +198,7 @@ def test_a_prompt_may_end_with_a_picture(composed):
     """Its answer follows from the last token that is left."""
     model = composed[0]
     inputs = _inputs(model, words=[])
-    with torch.no_grad(), watched(model, First(tokens=3), _columns(model, inputs)) as seen:
+    with torch.no_grad(), watched(model, KeepsFirst(tokens=3), _columns(model, inputs)) as seen:
         found = model(**inputs, use_cache=False).logits[0, -1]
     torch.testing.assert_close(found, recomputed(model, seen)[0, 5], rtol=0, atol=1e-5)
 
@@ -208,7 +210,7 @@ def test_a_stock_model_may_show_a_picture_at_several_places():
     inputs = tiny_stock_batch(model)
     pixels, places = inputs.pop("pixel_values"), torch.tensor([1, 0, 0, 1])
     inputs = {name: inputs[name][[0, 1, 0, 1]] for name in ("input_ids", "attention_mask")}
-    with torch.no_grad(), First(tokens=2)(model) as pruner:
+    with torch.no_grad(), KeepsFirst(tokens=2)(model) as pruner:
         expected = model(**inputs, pixel_values=pixels[places]).logits
         with images_at(model.model, places=places, grids=None, connected=None):
             found = model(**inputs, pixel_values=pixels).logits
@@ -256,6 +258,25 @@ def test_a_kernel_that_takes_gaps_for_packing_sees_none(composed):
     finally:
         text._attn_implementation = "sdpa"
     assert torch.equal(found, expected) and seen and not any(seen)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["sdpa", "flash_attention_2"])
+def test_kernels_of_a_gpu_answer_as_eager_attention(tmp_path, backend):
+    """Also in the second turn on a cache, where flash attention could take gaps between positions for packing."""
+    if backend == "flash_attention_2" and not is_flash_attn_2_available():
+        pytest.skip("flash-attn is not installed")
+    model = tiny_prunable_model(tmp_path)[0].to("cuda", torch.bfloat16)
+    inputs = {name: one.to("cuda") for name, one in _inputs(model).items()}
+    for pruner in (KeepsFirst(tokens=5), Shuffles(), Shuffles(positions="compacted")):
+        found = []
+        for kernel in ("eager", backend):
+            model.set_attn_implementation(kernel)
+            cache = DynamicCache()
+            with pruner(model), torch.no_grad():
+                found += [model(**inputs, past_key_values=cache).logits[:, -5:] for _ in range(2)]
+        for one, other in zip(found[:2], found[2:], strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0.2)
 
 
 def test_half_precision_stays_near(tmp_path):

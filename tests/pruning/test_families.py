@@ -95,7 +95,7 @@ def test_everything_kept_is_no_pruner(batch):
     pruner = Everything()
     is_read = batch.inputs["attention_mask"].bool()
     for attention in ("sdpa", "eager"):
-        batch.model.set_attn_implementation(attention)
+        batch.model.get_decoder().set_attn_implementation(attention)
         with pruner(batch.model):
             found = batch.model(**batch.inputs).logits
         torch.testing.assert_close(found[is_read], expected[is_read], rtol=0, atol=1e-5)
