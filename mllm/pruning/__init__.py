@@ -8,8 +8,8 @@ from mllm.pruning.fastv import FastV
 from mllm.pruning.hired import HiRED
 from mllm.pruning.pyramiddrop import PyramidDrop
 from mllm.pruning.random_choice import Random
-from mllm.pruning.spec import read_spec
 from mllm.pruning.sparsevlm import SparseVLM
+from mllm.pruning.spec import read_spec
 from mllm.pruning.statistics import Statistics
 from mllm.pruning.tome import ToMe
 from mllm.pruning.uniform import Uniform

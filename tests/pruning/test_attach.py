@@ -20,6 +20,7 @@ from mllm.testing import tiny_model
 from mllm.testing_pruning import (
     NUM_TOKENS,
     KeepsFirst,
+    Shuffles,
     columns_of_items,
     enlarge,
     recomputed,
