@@ -35,8 +35,9 @@ MEDIA_BUDGET = {"data": 15, "videos": 20, "sounds": 22, "backbones": 290, "whisp
 }  # fmt: skip
 """With videos and sounds: fifteen minutes. No export: no stock class has three encoders' towers."""
 BUDGETS = {"image": BUDGET, "image,audio,video": MEDIA_BUDGET}
-PRUNERS, TOKENS = ("visiondrop", "random", "uniform"), (1, 2, 3)
-"""How pictures are shown with fewer than their nine tokens, and with how many."""
+PRUNERS, TOKENS = (("visiondrop", "ranking=language"), ("random",), ("uniform",)), (1, 2, 3)
+"""How pictures are shown with fewer than their nine tokens, and with how many. This encoder's class token, by which
+VisionDrop would rank patches, has learned nothing: the language model ranks them."""
 QUESTION = "What is in the picture?"
 
 
@@ -120,7 +121,7 @@ def picture_steps(out: Path, seed: int) -> dict[str, list]:
         "evaluate": ["scripts/evaluate_model.py", model, "--rows", data / "eval", "--out", out / "evaluation.json"],
         "prune": ["scripts/evaluate_model.py", model, "--rows", data / "eval", "--out", out / "pruning.json"]
         + ["--items", 80, "--no_blank", "--picture", out / "pruning.png"]
-        + [word for name in PRUNERS for budget in TOKENS for word in ("--pruner", name, f"tokens={budget}")],
+        + [word for pruner in PRUNERS for budget in TOKENS for word in ("--pruner", *pruner, f"tokens={budget}")],
         "prefer": ["scripts/digits_preference.py", out, "--out", out / "preference", "--methods", "rdpo"]
         + ["--tasks", "caption", "presence", "--scenes", 480, "--set", "stages.prefer.max_steps=60"],
         "export": ["scripts/export.py", model, "--out", out / "export", "--rows", data / "eval" / "caption.jsonl"],

@@ -6,6 +6,7 @@ the product of methods, positions, backends and families is slow.
 """
 
 import copy
+import itertools
 from collections.abc import Collection
 
 import pytest
@@ -14,23 +15,27 @@ from transformers import DynamicCache
 
 from mllm.errors import OptionError
 from mllm.pruning import PRUNERS, Pruner
+from mllm.pruning.anatomy import UNSUPPORTED
 from mllm.testing_pruning import (
     NUM_TOKENS,
     KeepsAll,
     Shuffles,
     answered,
     columns_of_items,
+    enlarge,
     pictures_and_words,
     recomputed,
     tiny_pictures,
     tiny_prunable_model,
     watched,
 )
+from mllm.testing_stock import STOCK_FAMILIES, tiny_stock_batch, tiny_stock_model
 
 KEPT = 9
 NAMES = sorted(PRUNERS)
 VISUAL_ONLY = [name for name in NAMES if not PRUNERS[name].reads_text]
 POSITIONS = ("original", "compacted")
+STOCK = [name for name in STOCK_FAMILIES if name not in UNSUPPORTED]
 FAST = ("shuffles", "visiondrop")  # where not all methods are
 
 
@@ -249,6 +254,30 @@ def test_all_methods_in_all_models(tmp_path, encoder, llm, backend):
     for name, positions, found in refused:
         is_blind = "class token" in found and encoder == "siglip_vision_model"
         assert is_blind or ("rotary" in found and llm == "gpt2"), (name, positions, found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", STOCK)
+def test_all_methods_in_stock_models(family):
+    """Of two layers and few tokens; what goes by vectors alone, or by attention between them, goes anywhere."""
+    model = tiny_stock_model(family)
+    enlarge(model)
+    inputs = tiny_stock_batch(model)
+    del inputs["labels"]
+    is_word = inputs["attention_mask"].bool() & (inputs["input_ids"] != model.config.image_token_id)
+    done = set()
+    for name, positions in itertools.product(NAMES, POSITIONS):
+        pruner = PRUNERS[name](tokens=3, positions=positions)
+        try:
+            with watched(model, pruner, []) as seen, torch.no_grad():
+                found = model(**inputs, use_cache=False).logits
+        except OptionError:
+            continue
+        lengths = [item.num_tokens for row in pruner.statistics.items for item in row]
+        seen.columns = columns_of_items(inputs["input_ids"], model.config.image_token_id, lengths)
+        torch.testing.assert_close(found[is_word], recomputed(model, seen)[is_word], rtol=1e-5, atol=1e-5)
+        done.add((name, positions))
+    assert {(name, "original") for name in ("divprune", "random", "tome", "uniform", "visiondrop")} <= done
 
 
 def _on_the_right(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

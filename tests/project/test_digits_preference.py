@@ -54,6 +54,13 @@ def test_steps_read_what_earlier_steps_make(steps, tmp_path):
         made |= {product, product.parent} if product.name == "recipe.json" else {product}
 
 
+def test_no_two_steps_write_into_one_directory(steps):
+    made = [
+        words[words.index(key) + 1] for _, words in steps.values() for key in ("--out", "--output_dir") if key in words
+    ]
+    assert len(made) == len(steps) == len(set(made))
+
+
 def test_methods_differ_in_what_they_compare_and_in_nothing_else(program):
     keys = {change.split("=")[0] for changes in program["METHODS"].values() for change in changes}
     assert keys == {f"stages.prefer.{name}" for name in ("preset", "loss_type", "anchor_weight")}

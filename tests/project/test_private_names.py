@@ -14,7 +14,12 @@ from mllm.private_names import PRIVATE_NAMES
 
 FILES = sorted(path for path in Path(mllm.__file__).parent.rglob("*.py") if path.name != "private_names.py")
 LISTED = {name.attribute.split(".")[-1] for name in PRIVATE_NAMES}
-SET_BY_OTHERS = {"_abc_impl", "_backward_cls", "_can_set_experts_implementation_cached_value"}
+SET_BY_OTHERS = {
+    "_abc_impl",
+    "_backward_cls",
+    "_can_set_attn_implementation_cached_value",
+    "_can_set_experts_implementation_cached_value",
+}
 """What Python, torch and transformers put on the classes that they meet."""
 
 
