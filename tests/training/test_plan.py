@@ -231,7 +231,15 @@ def test_failed_stage_is_named(world, tmp_path, run_program):
         run_program.launch([sys.executable, "-c", "raise SystemExit(3)"], stage)
 
 
-def test_interruption_ends_the_processes_of_the_stage(world, tmp_path, run_program):
+@pytest.fixture
+def interruptible():
+    """Python's own handler: a shell that starts us in the background has us ignore interruptions."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interruption_ends_the_processes_of_the_stage(world, tmp_path, run_program, interruptible):
     stage = read_plan(world / "plan.yaml", output_dir=tmp_path).stages[1]
     pid = tmp_path / "pid"
     child = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
