@@ -24,7 +24,7 @@ from mllm.errors import OptionError, user_errors
 from mllm.evaluation.digits import TASKS, best_constant, score
 from mllm.evaluation.hallucination import hallucination
 from mllm.evaluation.pruning_picture import draw_answers
-from mllm.evaluation.pruning_report import accuracy, format_table, pruned_case
+from mllm.evaluation.pruning_report import accuracy, format_table, pruned_case, without_budget
 from mllm.evaluation.runner import answer_rows, read_evaluation_rows
 from mllm.load import merged
 from mllm.pruning import build_pruner
@@ -86,7 +86,7 @@ def evaluate(args: argparse.Namespace) -> dict:
             scores = {task: score(task, said, rows[task]) for task, said in answered(pruner=pruner).items()}
             pruned.append(pruned_case(spec, pruner, scores, whole=whole))
     if args.picture and pruners:
-        last = {case["method"]: case["pruner"] for case in pruned}
+        last = {without_budget(spec): spec for spec in pruners}
         first = next(iter(rows.values()))[0]
         draw_answers(model, processor, first, {spec: pruners[spec] for spec in last.values()}).save(args.picture)
     return {

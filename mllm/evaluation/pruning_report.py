@@ -56,18 +56,24 @@ def pruned_case(spec: str, pruner: Pruner, scores: Scores, *, whole: Scores) -> 
 
 
 def format_table(cases: Sequence[Mapping[str, Any]], *, unpruned: float) -> str:
-    """Methods against budgets, as text that fits a terminal; methods in the order of the cases.
+    """Methods, with the options they had, against budgets, as text for a terminal; in the order of the cases.
 
     Args:
         cases: Of `pruned_case`.
         unpruned: The accuracy with all tokens.
     """
-    found = {(case["method"], case["tokens"]): case["accuracy"] for case in cases}
-    methods, budgets = (list(dict.fromkeys(case[key] for case in cases)) for key in ("method", "tokens"))
+    found = {(without_budget(case["pruner"]), case["tokens"]): case["accuracy"] for case in cases}
+    methods, budgets = (list(dict.fromkeys(keys)) for keys in zip(*found, strict=True))
     whole = cases[0]["of"]
+    width = max(28, *(len(method) + 1 for method in methods))
     head = [f"{budget} of {whole}" for budget in budgets]
-    lines = [f"{'visual tokens':<28}" + "".join(f"{cell:>12}" for cell in [*head, f"all {whole}"])]
+    lines = [f"{'visual tokens':<{width}}" + "".join(f"{cell:>12}" for cell in [*head, f"all {whole}"])]
     for method in methods:
         cells = [f"{found[method, budget]:.3f}" if (method, budget) in found else "" for budget in budgets]
-        lines.append(f"{method:<28}" + "".join(f"{cell:>12}" for cell in [*cells, f"{unpruned:.3f}"]))
+        lines.append(f"{method:<{width}}" + "".join(f"{cell:>12}" for cell in [*cells, f"{unpruned:.3f}"]))
     return "\n".join(lines)
+
+
+def without_budget(spec: str) -> str:
+    """A method and its options, the same for all budgets: "visiondrop ranking=language"."""
+    return " ".join(word for word in spec.split() if not word.startswith("tokens="))

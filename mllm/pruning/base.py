@@ -151,8 +151,6 @@ class Pruner:
     encoder_layers: ClassVar[tuple[int, ...]] = ()
     """Of which of the encoder's layers `select` reads queries and keys: 0 is the first, -1 the one whose output the
     connector reads."""
-    prunes_features: ClassVar[bool] = True
-    """Whether tokens leave in front of the language model."""
     reads_text: ClassVar[bool] = False
     """Whether what stays of a picture may depend on the text behind it."""
 

@@ -1,7 +1,6 @@
 """What baselines share: they need no scores, and so can choose in front of the language model or of a later layer."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from mllm.pruning.base import Cut, Pruner
 from mllm.pruning.between_layers import BetweenLayers
@@ -17,8 +16,6 @@ class Baseline(BetweenLayers):
     """
 
     layer: int = 0
-
-    prunes_features: ClassVar[bool] = True
 
     def cuts(self, num_layers: int) -> tuple[Cut, ...]:
         """See `Pruner.cuts`."""

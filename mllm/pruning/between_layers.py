@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -19,8 +18,6 @@ class BetweenLayers(Pruner):
     `tokens` is the average over layers. The layers in front of the first cut see everything, so an average that is
     less than they alone make of it is an error.
     """
-
-    prunes_features: ClassVar[bool] = False
 
     def counts(self, num_tokens: int, num_layers: int) -> list[int]:
         """See `Pruner.counts`."""

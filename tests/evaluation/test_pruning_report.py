@@ -44,13 +44,20 @@ def test_rows_without_pictures_cannot_tell_anything():
 
 
 def test_the_table_has_methods_against_budgets():
+    """Of one method, other options are another row."""
     cases = [
-        {"method": method, "tokens": tokens, "of": 9, "accuracy": value}
-        for method, tokens, value in (("a", 1, 0.1), ("a", 2, 0.2), ("b", 2, 0.4))
+        {"pruner": pruner, "method": pruner[0], "tokens": tokens, "of": 9, "accuracy": value}
+        for pruner, tokens, value in (
+            ("a tokens=1", 1, 0.1),
+            ("a tokens=2", 2, 0.2),
+            ("a tokens=2 by=text", 2, 0.3),
+            ("b tokens=0.22", 2, 0.4),
+        )
     ]
     lines = [line.split() for line in format_table(cases, unpruned=0.5).splitlines()]
     assert lines == [
         ["visual", "tokens", "1", "of", "9", "2", "of", "9", "all", "9"],
         ["a", "0.100", "0.200", "0.500"],
+        ["a", "by=text", "0.300", "0.500"],
         ["b", "0.400", "0.500"],
     ]
