@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from mllm.errors import RowError
 from mllm.inference import generate_answers
-from mllm.inference.conversation import Pruner
+from mllm.inference.conversation import AttachPruner
 from mllm.processing import TrainingProcessor
 from mllm.processing.media import MediaInput
 
@@ -45,7 +45,7 @@ def answer_rows(
     rows: list[dict[str, Any]],
     *,
     blank: bool = False,
-    pruner: Pruner | None = None,
+    pruner: AttachPruner | None = None,
     batch_size: int = 64,
     max_new_tokens: int = 96,
     progress: Callable[[int], Any] | None = None,

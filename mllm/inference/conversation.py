@@ -20,7 +20,7 @@ from mllm.load import load_model, load_processor
 from mllm.processing import TrainingProcessor
 from mllm.processing.media import MediaInput
 
-Pruner = Callable[[PreTrainedModel | PeftModel], AbstractContextManager]
+AttachPruner = Callable[[PreTrainedModel | PeftModel], AbstractContextManager]
 
 
 class Chat:
@@ -53,7 +53,7 @@ class Chat:
         *,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
-        pruner: Pruner | None = None,
+        pruner: AttachPruner | None = None,
         limits: MediaLimits = NO_LIMITS,
     ):
         self.model = model
@@ -154,7 +154,7 @@ def generate_answers(
     *,
     batch_size: int,
     max_new_tokens: int,
-    pruner: Pruner | None = None,
+    pruner: AttachPruner | None = None,
     change: Callable[[MediaInput], MediaInput] | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> list[str]:
@@ -195,7 +195,7 @@ def generate_answers(
     return answers
 
 
-def _pruned(model: PreTrainedModel | PeftModel, pruner: Pruner | None) -> AbstractContextManager:
+def _pruned(model: PreTrainedModel | PeftModel, pruner: AttachPruner | None) -> AbstractContextManager:
     """A context in which the model generates from fewer visual tokens, where it is to."""
     return nullcontext() if pruner is None else pruner(model)
 
