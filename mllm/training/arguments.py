@@ -16,6 +16,7 @@ from mllm.errors import OptionError
 from mllm.training.argument_checks import check_batching, check_names, check_values, read_parts
 from mllm.training.cross_tokens import check_cross_tokens, read_cross_tokens
 from mllm.training.options import COMMON, UNSUPPORTED, SftArguments
+from mllm.training.pruned_steps import check_step_pruner, read_step_pruner
 from mllm.training.sharding import require_deepspeed
 
 FLAGS = ("dry_run",)
@@ -128,6 +129,8 @@ def build_arguments(
     arguments.parts = read_parts(arguments.parts)
     arguments.cross_tokens = read_cross_tokens(arguments.cross_tokens, where)
     check_cross_tokens(arguments, where)
+    arguments.pruner = read_step_pruner(arguments.pruner, where)
+    check_step_pruner(arguments, where)
     shared = {"on_bad": arguments.on_bad, "max_bad_rate": arguments.max_bad_rate}
     arguments.data = read_mixture(arguments.data, root=arguments.data_root, shared=shared)
     if arguments.eval_data is not None:

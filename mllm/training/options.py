@@ -130,6 +130,13 @@ class SftArguments(TrainingArguments):
             "computes them again; relative to output_dir; null for none."
         },
     )
+    pruner: Any = field(
+        default=None,
+        metadata={
+            "help": "Train with fewer visual tokens: a mapping with method, its options, and tokens, of which a list "
+            "[0.3, 1.0] gives each step a share of its own."
+        },
+    )
     cross_tokens: Any = field(
         default=None,
         metadata={
@@ -188,8 +195,8 @@ class SftArguments(TrainingArguments):
 
 OWN = (
     "model", "parts", "chat_template", "data", "data_root", "max_length", "overlong", "on_bad", "max_bad_rate",
-    "dtype", "batching", "pack_length", "encoder_chunk", "feature_cache", "cross_tokens", "eval_data",
-    "eval_sample_steps", "dry_run",
+    "dtype", "batching", "pack_length", "encoder_chunk", "feature_cache", "pruner", "cross_tokens",
+    "eval_data", "eval_sample_steps", "dry_run",
 )  # fmt: skip
 CHOICES = {
     "overlong": OVERLONG, "on_bad": ON_BAD, "dtype": ("auto", "float32", "bfloat16"), "batching": BATCHING,

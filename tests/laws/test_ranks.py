@@ -16,6 +16,10 @@ from mllm.load import merged
 RUNS = {
     "connector": {"parts": {"image.connector": "full"}},
     "lora and connector": {"parts": {"image.connector": "full", "text": {"mode": "lora", "rank": 4}}},
+    "fewer visual tokens": {
+        "parts": {"image.connector": "full", "text": {"mode": "lora", "rank": 4}},
+        "pruner": {"method": "visionzip", "tokens": [1, 4]},
+    },
     "encoder beside lora, accumulated": {
         "parts": {"image.encoder": "full", "text": {"mode": "lora", "rank": 4}},
         "gradient_accumulation_steps": 2,
