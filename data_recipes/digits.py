@@ -6,6 +6,9 @@ appears in evaluation.
 
     python data_recipes/digits.py --out runs/digits --seed 0
 
+With --spread 2 the canvas has 6x6 cells, four at each of the nine places, and a digit stands in one of those four: the
+same questions about pictures of which a seventh at most matters.
+
 writes
 
     images/*.png           the pictures
@@ -70,21 +73,22 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=8000, help="training pictures")
     parser.add_argument("--text_share", type=float, default=1.0, help="share of the text-only lessons to write")
     parser.add_argument("--eval_scenes", type=int, default=500, help="pictures of unseen handwriting")
+    parser.add_argument("--spread", type=int, default=1, help="cells along a side of each of the nine places")
     args = parser.parse_args()
-    if min(args.scenes, args.eval_scenes) < 1 or not args.text_share > 0:
-        parser.error("--scenes and --eval_scenes must be at least 1, --text_share greater than 0")
+    if min(args.scenes, args.eval_scenes, args.spread) < 1 or not args.text_share > 0:
+        parser.error("--scenes, --eval_scenes and --spread must be at least 1, --text_share greater than 0")
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         parser.error(f"--out {args.out} already holds files; name a new directory or remove it")
 
     partial = args.out.with_name(f"{args.out.name}.partial-{os.getpid()}")
-    recipe = build(partial, args.seed, args.scenes, args.text_share, args.eval_scenes)
+    recipe = build(partial, args.seed, args.scenes, args.text_share, args.eval_scenes, args.spread)
     if args.out.exists():
         args.out.rmdir()
     partial.rename(args.out)
     print(json.dumps(recipe, indent=2))
 
 
-def build(out: Path, seed: int, num_scenes: int, text_share: float, num_eval_scenes: int) -> dict:
+def build(out: Path, seed: int, num_scenes: int, text_share: float, num_eval_scenes: int, spread: int) -> dict:
     """Write every file of the recipe under `out`, which must not exist yet. Returns what `recipe.json` holds."""
     scans, labels = load_scans()
     train_scans, eval_scans = split_scans(labels, seed)
@@ -93,9 +97,10 @@ def build(out: Path, seed: int, num_scenes: int, text_share: float, num_eval_sce
 
     rng, by_digit = random.Random(f"{seed}/train"), group_by_digit(train_scans, labels)
     scenes = [draw_scene(rng, by_digit) for _ in range(num_scenes)]
-    images = draw_images(out, scenes, scans, f"{seed}/train")
+    choose_cells(random.Random(f"{seed}/train/cells"), scenes, spread)
+    images = draw_images(out, scenes, scans, f"{seed}/train", spread)
     rows = {
-        "cells": [cell_row(scene, image) for scene, image in zip(scenes, images, strict=True)],
+        "cells": [cell_row(scene, image, spread) for scene, image in zip(scenes, images, strict=True)],
         "caption": [question_row(rng, "caption", scene, image) for scene, image in zip(scenes, images, strict=True)],
         "places": [questions_row(rng, "places", scene, image) for scene, image in zip(scenes, images, strict=True)],
         "questions": [
@@ -107,8 +112,9 @@ def build(out: Path, seed: int, num_scenes: int, text_share: float, num_eval_sce
 
     rng, by_digit = random.Random(f"{seed}/eval"), group_by_digit(eval_scans, labels)
     scenes = [draw_scene(rng, by_digit) for _ in range(num_eval_scenes)]
-    images = draw_images(out / "eval", scenes, scans, f"{seed}/eval")
-    rows["eval/cells"] = [cell_row(scene, image) for scene, image in zip(scenes, images, strict=True)]
+    choose_cells(random.Random(f"{seed}/eval/cells"), scenes, spread)
+    images = draw_images(out / "eval", scenes, scans, f"{seed}/eval", spread)
+    rows["eval/cells"] = [cell_row(scene, image, spread) for scene, image in zip(scenes, images, strict=True)]
     for task in QUESTIONS:
         rows[f"eval/{task}"] = [
             question_row(rng, task, scene, image) for scene, image in zip(scenes, images, strict=True)
@@ -119,6 +125,7 @@ def build(out: Path, seed: int, num_scenes: int, text_share: float, num_eval_sce
     recipe = {
         "recipe": "digits",
         "seed": seed,
+        "spread": spread,
         "rows": {name: len(items) for name, items in rows.items()},
         "images": num_scenes + num_eval_scenes,
         "train_scans": train_scans,
@@ -177,25 +184,33 @@ def single_digits(digits: list[int]) -> list[int]:
     return [digit for digit in digits if digits.count(digit) == 1]
 
 
-def draw_images(out: Path, scenes: list[list[dict]], scans: np.ndarray, seed: str) -> list[dict]:
+def choose_cells(rng: random.Random, scenes: list[list[dict]], spread: int) -> None:
+    """Give each thing one of its place's spread x spread cells: `cell`, counted over the canvas in reading order."""
+    for thing in (thing for scene in scenes for thing in scene):
+        row, column = (spread * place + rng.randrange(spread) for place in divmod(thing["place"], 3))
+        thing["cell"] = 3 * spread * row + column
+
+
+def draw_images(out: Path, scenes: list[list[dict]], scans: np.ndarray, seed: str, spread: int) -> list[dict]:
     """Write one PNG per scene; returns their media items."""
     rng = np.random.default_rng(list(seed.encode()))
     media = []
     for number, scene in enumerate(scenes):
         path = f"images/{number:06d}.png"
-        Image.fromarray(draw_picture(rng, scene, scans)).save(out / path, compress_level=1)
-        media.append({"kind": "image", "path": path, "height": 3 * CELL, "width": 3 * CELL})
+        Image.fromarray(draw_picture(rng, scene, scans, spread)).save(out / path, compress_level=1)
+        media.append({"kind": "image", "path": path, "height": 3 * spread * CELL, "width": 3 * spread * CELL})
     return media
 
 
-def draw_picture(rng: np.random.Generator, scene: list[dict], scans: np.ndarray) -> np.ndarray:
-    """A dark, slightly noisy canvas [48, 48, 3] with every digit at a random size, offset and brightness."""
-    canvas = rng.uniform(0, 45, size=3) + rng.normal(0, 4, size=(3 * CELL, 3 * CELL, 3))
+def draw_picture(rng: np.random.Generator, scene: list[dict], scans: np.ndarray, spread: int) -> np.ndarray:
+    """A dark, slightly noisy canvas [48 * spread, 48 * spread, 3]; digits vary in size, offset and brightness."""
+    side = 3 * spread * CELL
+    canvas = rng.uniform(0, 45, size=3) + rng.normal(0, 4, size=(side, side, 3))
     for thing in scene:
         size = int(rng.integers(CELL - 4, CELL + 1))
         ink = np.asarray(Image.fromarray(scans[thing["scan"]]).resize((size, size), Image.Resampling.BICUBIC))
         ink = ink.clip(0, 1)[:, :, None] * rng.uniform(0.8, 1)
-        row, column = divmod(thing["place"], 3)
+        row, column = divmod(thing["cell"], 3 * spread)
         top, left = (CELL * cell + int(rng.integers(0, CELL - size + 1)) for cell in (row, column))
         colour = np.array(list(COLOURS.values())[list(COLOURS).index(thing["colour"])]) + rng.uniform(-10, 10, size=3)
         patch = canvas[top : top + size, left : left + size]
@@ -206,13 +221,14 @@ def draw_picture(rng: np.random.Generator, scene: list[dict], scans: np.ndarray)
 # Rows
 
 
-def cell_row(scene: list[dict], image: dict) -> dict:
-    """What stands in each of the nine cells, in reading order; null where a cell is empty."""
-    cells = {thing["place"]: thing for thing in scene}
+def cell_row(scene: list[dict], image: dict, spread: int) -> dict:
+    """What stands in each cell of the canvas, in reading order; null where a cell is empty."""
+    things = {thing["cell"]: thing for thing in scene}
+    cells = range(len(PLACES) * spread**2)
     return {
         "media": [image],
-        "digits": [cells[place]["digit"] if place in cells else None for place in range(len(PLACES))],
-        "colours": [cells[place]["colour"] if place in cells else None for place in range(len(PLACES))],
+        "digits": [things[cell]["digit"] if cell in things else None for cell in cells],
+        "colours": [things[cell]["colour"] if cell in things else None for cell in cells],
         "scans": [thing["scan"] for thing in scene],
     }
 

@@ -9,6 +9,7 @@ Both are saved as ordinary checkpoints; from then on every program treats them a
 
 import argparse
 import json
+import math
 import os
 import re
 import time
@@ -20,12 +21,12 @@ import torch
 from digit_backbones.batched_muon import Muon
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-GRID = 3  # the canvas is GRID x GRID cells
+CELL = 16  # pixels of a cell of the canvas
 PATCH = 16
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "white")
 SPARE_ROWS = 16  # embedding rows that no token uses yet: room for a placeholder
@@ -45,6 +46,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory to write; must be absent or empty")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--encoder_steps", type=int, default=500)
+    parser.add_argument(
+        "--class_weight", type=float, default=0.0,
+        help="weight of a loss that teaches the class token which digits and colours are in the picture; without it "
+        "that token learns nothing, and what ranks patches by its attention (VisionDrop, VisionZip) ranks poorly",
+    )  # fmt: skip
     parser.add_argument("--llm_steps", type=int, default=2000, help="at most, in each phase")
     lessons = "further lessons for the language model, see `read_lessons`"
     parser.add_argument("--lessons", type=Path, nargs="*", default=[], metavar="FILE", help=lessons)
@@ -58,7 +64,7 @@ def main() -> None:
     partial = args.out.with_name(f"{args.out.name}.partial-{os.getpid()}")
     report = {
         "seed": args.seed,
-        "encoder": train_encoder(args.data, partial / "encoder", args.encoder_steps),
+        "encoder": train_encoder(args.data, partial / "encoder", args.encoder_steps, args.class_weight),
         "llm": train_llm([args.data / "text.jsonl", *args.lessons], partial / "llm", args.llm_steps),
     }
     report["parameters"] = {name: report[name]["parameters"] for name in ("encoder", "llm")}
@@ -72,11 +78,12 @@ def main() -> None:
 # The encoder
 
 
-def train_encoder(data: Path, out: Path, steps: int) -> dict:
+def train_encoder(data: Path, out: Path, steps: int, class_weight: float) -> dict:
     """Train a CLIP vision tower to name digit, colour and place of the cell under each patch, and save it."""
     start = time.perf_counter()
+    side = CELL * read_grid(data / "cells.jsonl")
     processor = CLIPImageProcessorPil(
-        size={"height": GRID * 16, "width": GRID * 16},
+        size={"height": side, "width": side},
         do_center_crop=False,
         image_mean=[0.25] * 3,
         image_std=[0.25] * 3,
@@ -86,37 +93,42 @@ def train_encoder(data: Path, out: Path, steps: int) -> dict:
         intermediate_size=512,
         num_hidden_layers=3,
         num_attention_heads=4,
-        image_size=GRID * 16,
+        image_size=side,
         patch_size=PATCH,
         projection_dim=128,
     )
     encoder = CLIPVisionModel(config)
     sections = [11, len(COLOURS), config.image_size**2 // config.patch_size**2]
     head = torch.nn.Linear(config.hidden_size, sum(sections))
+    class_head = torch.nn.Linear(config.hidden_size, 10 + len(COLOURS)) if class_weight else None
     pixels, digits, colours = read_cells(data / "cells.jsonl", processor, config)
     pixels_unseen, digits_unseen, colours_unseen = read_cells(data / "eval/cells.jsonl", processor, config)
 
-    def forward(batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        features = encoder(pixel_values=batch, output_hidden_states=True).hidden_states[-1][:, 1:]
-        return head(features).flatten(0, 1).split(sections, dim=-1)
+    def forward(batch: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        features = encoder(pixel_values=batch, output_hidden_states=True).hidden_states[-1]
+        return head(features[:, 1:]).flatten(0, 1).split(sections, dim=-1), features[:, 0]
 
     def loss(rows: torch.Tensor) -> torch.Tensor:
-        digit_logits, colour_logits, place_logits = forward(pixels[rows])
+        (digit_logits, colour_logits, place_logits), class_token = forward(pixels[rows])
         digit_loss = cross_entropy(digit_logits, digits[rows].flatten())
         colour_loss = cross_entropy(colour_logits, colours[rows].flatten(), ignore_index=IGNORED)
         # Nothing but this keeps the place in the features: without it they forget where a patch was, which an encoder
         # of photographs never can. A weight of 0.02 is too little for it.
         places = torch.arange(sections[-1]).repeat(len(rows))
-        return digit_loss + colour_loss + 0.3 * cross_entropy(place_logits, places)
+        patches_loss = digit_loss + colour_loss + 0.3 * cross_entropy(place_logits, places)
+        if class_head is None:
+            return patches_loss
+        there = torch.cat([mentioned(digits[rows], 10), mentioned(colours[rows], len(COLOURS))], dim=-1)
+        return patches_loss + class_weight * binary_cross_entropy_with_logits(class_head(class_token), there)
 
     epochs = [torch.randperm(len(pixels)) for _ in range(128 * steps // len(pixels) + 1)]
     batches = torch.cat(epochs).split(128)[:steps]
-    trained = torch.nn.ModuleDict({"encoder": encoder, "head": head})
+    trained = torch.nn.ModuleList(module for module in (encoder, head, class_head) if module)
     optimise(trained, (lambda batch=batch: loss(batch) for batch in batches), steps, "encoder")
 
     encoder.eval()
     with torch.no_grad():
-        digit_logits, colour_logits, place_logits = forward(pixels_unseen)
+        (digit_logits, colour_logits, place_logits), _ = forward(pixels_unseen)
     is_filled = colours_unseen.flatten() != IGNORED
     encoder.save_pretrained(out)
     processor.save_pretrained(out)
@@ -131,8 +143,20 @@ def train_encoder(data: Path, out: Path, steps: int) -> dict:
     }
 
 
+def mentioned(labels: torch.Tensor, num_names: int) -> torch.Tensor:
+    """Which names some patch of a picture has: labels [B, patches], of which others are no names, to [B, names]."""
+    is_there = labels[..., None] == torch.arange(num_names)
+    return is_there.any(dim=1).float()
+
+
+def read_grid(path: Path) -> int:
+    """How many cells the canvas has along a side."""
+    with path.open(encoding="utf-8") as lines:
+        return math.isqrt(len(json.loads(lines.readline())["digits"]))
+
+
 def read_cells(path: Path, processor: CLIPImageProcessorPil, config: CLIPVisionConfig) -> tuple[torch.Tensor, ...]:
-    """Pixels [N, 3, 48, 48], and of each patch, [N, patches], the digit (empty: 10) and colour (empty: IGNORED)."""
+    """Pixels [N, 3, side, side]; of each patch [N, patches] the digit (empty: 10) and the colour (empty: IGNORED)."""
     rows = [json.loads(line) for line in path.open(encoding="utf-8")]
     images = [np.asarray(Image.open(path.parent / row["media"][0]["path"])) for row in rows]
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().float()
@@ -142,8 +166,9 @@ def read_cells(path: Path, processor: CLIPImageProcessorPil, config: CLIPVisionC
     colours = [[IGNORED if name is None else COLOURS.index(name) for name in row["colours"]] for row in rows]
 
     def to_patches(cells: list[list[int]]) -> torch.Tensor:
-        per_cell = config.image_size // config.patch_size // GRID
-        grid = torch.tensor(cells).view(len(cells), GRID, GRID)
+        side = math.isqrt(len(cells[0]))
+        per_cell = config.image_size // config.patch_size // side
+        grid = torch.tensor(cells).view(len(cells), side, side)
         return grid.repeat_interleave(per_cell, 1).repeat_interleave(per_cell, 2).flatten(1)
 
     return pixels, to_patches(digits), to_patches(colours)

@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from mllm.evaluation.digits import TASKS, score
 
 ROOT = Path(__file__).parents[2]
+ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 
 
 def run_recipe(out, *options):
@@ -86,6 +88,36 @@ def test_same_seed_same_files(world, tmp_path):
     for name in ("questions.jsonl", "eval/presence.jsonl", "images/000003.png", "recipe.json"):
         assert (tmp_path / "again" / name).read_bytes() == (world / name).read_bytes()
         assert (tmp_path / "other" / name).read_bytes() != (world / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def sparse_world(tmp_path_factory):
+    out = tmp_path_factory.mktemp("digits") / "sparse"
+    done = run_recipe(out, "--seed", "0", "--spread", "2")
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_spread_out_digits_stand_in_a_cell_of_their_place(sparse_world):
+    """And nothing stands in the other three: ink is nowhere but where the rows say."""
+    rows, cells = read_rows(sparse_world / "eval/caption.jsonl"), read_rows(sparse_world / "eval/cells.jsonl")
+    corners = set()
+    for row, cell_row in zip(rows, cells, strict=True):
+        filled = [number for number, digit in enumerate(cell_row["digits"]) if digit is not None]
+        places = [f"{ROWS[number // 6 // 2]} {COLUMNS[number % 6 // 2]}" for number in filled]
+        assert len(cell_row["digits"]) == 36 and sorted(places) == sorted(row["meta"]["places"])
+        corners |= {(number // 6 % 2, number % 2) for number in filled}
+        pixels = np.asarray(Image.open(sparse_world / "eval" / row["media"][0]["path"])).astype(int)
+        assert pixels.shape == (96, 96, 3)
+        contrast = np.ptp(pixels.reshape(6, 16, 6, 16, 3), axis=(1, 3)).max(axis=-1).flatten()
+        assert set(np.flatnonzero(contrast > 60)) == set(filled)
+    assert len(corners) == 4
+
+
+def test_spread_out_digits_are_asked_about_as_ever(world, sparse_world):
+    for name in ("questions.jsonl", "caption.jsonl", "text.jsonl", "eval/count.jsonl"):
+        one, other = (read_rows(directory / name) for directory in (world, sparse_world))
+        assert [row["messages"] for row in one] == [row["messages"] for row in other]
 
 
 def test_refuses_a_directory_that_holds_files(world):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import CLIPVisionModel
 
 ROOT = Path(__file__).parents[2]
 SILENT, NONE = 0, -100
@@ -29,6 +30,18 @@ SMALL = {
     "--out DIR/evaluation.json --tasks caption motion order beeps glide tones match",
 }
 """The quickstart with all modalities, step by step, small enough to be run and far too small to learn anything."""
+
+SPREAD = {
+    "data_recipes/digits.py": "--out DIR/data --scenes 60 --text_share 0.01 --eval_scenes 4 --spread 2",
+    "scripts/train_digit_backbones.py": "--data DIR/data --out DIR/backbones --encoder_steps 2 --llm_steps 3 "
+    "--class_weight 1",
+    "train/run.py": "train/configs/digits_pruning.yaml --output_dir DIR/run --data_root DIR/data --set "
+    "model.image.encoder=DIR/backbones/encoder model.language_model=DIR/backbones/llm "
+    "stages.align.max_steps=2 stages.sft.max_steps=2",
+    "scripts/evaluate_model.py": "DIR/run/sft/final --rows DIR/data/eval --out DIR/evaluation.json --no_blank "
+    "--pruner visiondrop tokens=12",
+}
+"""The digits world for pruners, as docs/pruning.md has it, as small."""
 
 
 @pytest.fixture(scope="module")
@@ -100,13 +113,32 @@ def test_further_lessons_come_after_the_first_and_with_a_part_of_it(backbones, t
         assert all(abs(place - n / len(places)) < 0.05 for n, place in enumerate(places))  # in step with the others
 
 
-@pytest.mark.slow
-def test_all_modalities_from_data_to_scores(tmp_path):
-    for program, options in SMALL.items():
-        words = options.replace("DIR", str(tmp_path)).split()
+def test_the_class_token_learns_which_names_are_there(backbones):
+    """Of two pictures with three patches: a 2 twice, and nothing else but empty cells; a 0 and a 1."""
+    found = backbones["mentioned"](torch.tensor([[2, 10, 2], [1, 0, 10]]), 3)
+    assert found.tolist() == [[0.0, 0.0, 1.0], [1.0, 1.0, 0.0]]
+    assert backbones["mentioned"](torch.tensor([[NONE, NONE]]), 2).tolist() == [[0.0, 0.0]]
+
+
+def run_small(steps: dict[str, str], directory: Path) -> None:
+    for program, options in steps.items():
+        words = options.replace("DIR", str(directory)).split()
         seed = ["--seed", "0"] if "digit" in program else []
         run = subprocess.run([sys.executable, ROOT / program, *words, *seed], cwd=ROOT, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.slow
+def test_spread_out_digits_from_data_to_scores(tmp_path):
+    run_small(SPREAD, tmp_path)
+    report = json.loads((tmp_path / "evaluation.json").read_text())
+    assert [(case["tokens"], case["of"]) for case in report["pruned"]] == [(12, 36)]
+    assert CLIPVisionModel.from_pretrained(tmp_path / "backbones/encoder").config.image_size == 96
+
+
+@pytest.mark.slow
+def test_all_modalities_from_data_to_scores(tmp_path):
+    run_small(SMALL, tmp_path)
     assert (tmp_path / "rows.html").stat().st_size > 1000
     scores = json.loads((tmp_path / "evaluation.json").read_text())["tasks"]
     assert {"motion", "match"} < set(scores) and all(
