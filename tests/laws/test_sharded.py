@@ -41,6 +41,10 @@ RUNS = {
         "encoder_chunk": 1,
     },
     "connector alone": {"parts": {"image.connector": "full"}},
+    "fewer visual tokens": {
+        "parts": {"image.encoder": "full", "image.connector": "full", "text": {"mode": "lora", "rank": 4}},
+        "pruner": {"method": "visionzip", "tokens": [1, 4]},
+    },
     "lora and connector, accumulated": {
         "parts": {"image.connector": {"mode": "full", "learning_rate": 3e-2}, "text": {"mode": "lora", "rank": 4}},
         "gradient_accumulation_steps": 2,
