@@ -4,7 +4,7 @@ import random
 import shlex
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
@@ -15,8 +15,6 @@ from mllm.errors import OptionError
 from mllm.pruning import PRUNERS, Pruner, build_pruner
 from mllm.pruning.anatomy import anatomy_of
 from mllm.training.options import SftArguments
-
-Model = PreTrainedModel | PeftModel
 
 
 @dataclass(frozen=True)
@@ -47,9 +45,9 @@ class StepPruner:
         Raises:
             OptionError: It, or an option, has a value that it cannot have.
         """
-        return build_pruner(f"{self.spec} tokens={tokens}")
+        return replace(build_pruner(self.spec), tokens=tokens)
 
-    def around(self, model: Model, *, step: int, seed: int) -> AbstractContextManager:
+    def around(self, model: PreTrainedModel | PeftModel, *, step: int, seed: int) -> AbstractContextManager:
         """A context in which the model is pruned as in this step."""
         pruner = self.at(step, seed=seed)
         return nullcontext() if pruner is None else pruner(model)
@@ -103,7 +101,7 @@ def check_step_pruner(args: SftArguments, where: str) -> None:
             raise OptionError(f"pruner in {where}, and {reason}", expected="one of them", do="remove one of the two")
 
 
-def check_trainable(model: Model, pruner: StepPruner, *, is_checkpointed: bool) -> None:
+def check_trainable(model: PreTrainedModel | PeftModel, pruner: StepPruner, *, is_checkpointed: bool) -> None:
     """Only what leaves in front of the language model can be trained through.
 
     Args:

@@ -32,6 +32,7 @@ def test_each_step_has_a_budget_of_its_own():
     counts = {StepPruner("uniform layer=0", 2, 4).at(step, seed=1).tokens for step in range(50)}
     assert counts == {2, 3, 4}
     assert StepPruner("uniform", 0.5, 0.5).at(7, seed=0) == Uniform(tokens=0.5)
+    assert StepPruner("uniform", 1e-6, 1e-6).at(7, seed=0) == Uniform(tokens=1e-6)
     assert StepPruner("uniform", 1.0, 1.0).at(7, seed=0) is None
 
 
