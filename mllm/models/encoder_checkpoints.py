@@ -54,14 +54,6 @@ def layers_needed(num_layers: int, feature_layer: int, path: str) -> int:
     return index
 
 
-def layers_option(config: PreTrainedConfig) -> str:
-    """Under which name an encoder's configuration has its number of layers.
-
-    Convolutional ones have stages, for which transformers takes the usual name, too, in newer releases than 5.18.
-    """
-    return "num_stages" if hasattr(config, "num_stages") else "num_hidden_layers"
-
-
 @contextmanager
 def _without_load_report() -> Iterator[None]:
     """Transformers would warn of every layer we leave behind on purpose; `_check_keys` judges in its place."""
@@ -80,7 +72,7 @@ def _check_keys(loaded: dict, path: str, config: PreTrainedConfig, unexpected_pr
     left_over = sorted(
         key
         for key in loaded["unexpected_keys"]
-        if not key.startswith(unexpected_prefixes) and not _is_of_dropped_layer(key, config)
+        if not key.startswith(unexpected_prefixes) and not _is_of_dropped_layer(key, config.num_hidden_layers)
     )
     if missing or mismatched or left_over:
         raise CompositionError(
@@ -91,7 +83,7 @@ def _check_keys(loaded: dict, path: str, config: PreTrainedConfig, unexpected_pr
         )
 
 
-def _is_of_dropped_layer(key: str, config: PreTrainedConfig) -> bool:
+def _is_of_dropped_layer(key: str, num_layers: int) -> bool:
     """Whether `key` names a block (the first number in it) at or above the ones we keep."""
     number = next((int(piece) for piece in key.split(".") if piece.isdigit()), None)
-    return number is not None and number >= getattr(config, layers_option(config))
+    return number is not None and number >= num_layers

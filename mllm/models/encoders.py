@@ -15,7 +15,7 @@ from transformers import (
 
 from mllm.errors import CompositionError
 from mllm.models.audio_families import AUDIO_ENCODERS
-from mllm.models.encoder_checkpoints import layers_needed, layers_option, load_part
+from mllm.models.encoder_checkpoints import layers_needed, load_part
 from mllm.models.mixed_configuration import MixedEncoderConfig
 from mllm.models.query_encoder import QueryEncoderConfig
 from mllm.sizes import MediaRule
@@ -224,8 +224,7 @@ def load_encoder(path: str, *, feature_layer: int) -> tuple[PreTrainedModel, int
         config = getattr(config, family.sub_config)
     for name, value in family.overrides.items():
         setattr(config, name, value)
-    num_layers = getattr(config, layers_option(config))
-    config = _with_layers(config, layers_needed(num_layers, feature_layer, path))
+    config = _with_layers(config, layers_needed(config.num_hidden_layers, feature_layer, path))
     encoder = load_part(
         family.kind or AutoModel,
         path,
@@ -240,4 +239,4 @@ def _with_layers(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
     """The same configuration with fewer layers; what backbones (DINO) derive from their number is derived anew."""
     derived = ("stage_names", "out_features", "out_indices")
     fields = {name: value for name, value in config.to_dict().items() if name not in derived}
-    return type(config).from_dict({**fields, layers_option(config): num_layers})
+    return type(config).from_dict({**fields, "num_hidden_layers": num_layers})
