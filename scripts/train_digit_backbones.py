@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument(
         "--class_weight", type=float, default=0.0,
         help="weight of a loss that teaches the class token which digits and colours are in the picture; without it "
-        "that token learns nothing, and what ranks patches by its attention (VisionDrop, VisionZip) ranks poorly",
+        "its last layer learns nothing, and what ranks patches by its attention (VisionDrop, VisionZip) ranks poorly",
     )  # fmt: skip
     parser.add_argument("--llm_steps", type=int, default=2000, help="at most, in each phase")
     lessons = "further lessons for the language model, see `read_lessons`"
@@ -79,7 +79,10 @@ def main() -> None:
 
 
 def train_encoder(data: Path, out: Path, steps: int, class_weight: float) -> dict:
-    """Train a CLIP vision tower to name digit, colour and place of the cell under each patch, and save it."""
+    """Train a CLIP vision tower to name digit, colour and place of the cell under each patch, and save it.
+
+    With a `class_weight` its class token learns which digits and colours there are, as captions teach a CLIP's.
+    """
     start = time.perf_counter()
     side = CELL * read_grid(data / "cells.jsonl")
     processor = CLIPImageProcessorPil(
